@@ -87,7 +87,8 @@ CLASSIFIERS: dict[str, dict[str, Any]] = DECODERS | {
     "CamembertConfig": _SIZES,
     "MPNetConfig": _SIZES,
     "LongformerConfig": {**_SIZES, "attention_window": 8},
-    "BigBirdConfig": {**_SIZES, "block_size": 4, "num_random_blocks": 1},
+    # Blocks longer than the texts: the model turns to full attention at the first short one, for good.
+    "BigBirdConfig": {**_SIZES, "block_size": 16, "num_random_blocks": 1},
     "ElectraConfig": {**_SIZES, "embedding_size": 32},
     "DebertaConfig": {**_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "DebertaV2Config": {**_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
@@ -198,6 +199,60 @@ READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
         "decoder_hidden_size": 16,
     },
 }
+_NO_START = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TRANSLATORS: dict[str, dict[str, Any]] = {
+    "T5Config": {**_T5, "decoder_start_token_id": 0},
+    "MT5Config": {**_T5, "decoder_start_token_id": 0},
+    "UMT5Config": {**_T5, "decoder_start_token_id": 0},
+    "LongT5Config": {**_T5, "decoder_start_token_id": 0, "local_radius": 127},
+    "SwitchTransformersConfig": {**_T5, "decoder_start_token_id": 0, "num_experts": 2, "num_sparse_encoder_layers": 1,
+                                 "num_sparse_decoder_layers": 1},
+    "BartConfig": _BART,
+    "MBartConfig": _BART,
+    "MarianConfig": {**_BART, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": 2},
+    "PegasusConfig": {**_BART, "decoder_start_token_id": 0},
+    "PegasusXConfig": {**_BART, "decoder_start_token_id": 0, "block_size": 16, "num_global_tokens": 4},
+    "BigBirdPegasusConfig": {**_BART, "block_size": 4, "num_random_blocks": 1, "attention_type": "original_full"},
+    "M2M100Config": {**_BART, **_NO_START},
+    "NllbMoeConfig": {**_BART, **_NO_START, "num_experts": 2, "expert_capacity": 64},
+    "LEDConfig": {
+        **{k: v for k, v in _BART.items() if k != "max_position_embeddings"},
+        "max_encoder_position_embeddings": 128,
+        "max_decoder_position_embeddings": 64,
+        "attention_window": 8,
+    },
+    "BlenderbotConfig": {**_BART, **_NO_START},
+    "BlenderbotSmallConfig": {**_BART, **_NO_START},
+    "MvpConfig": _BART,
+    "PLBartConfig": _BART,
+    "ProphetNetConfig": {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+        "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4, "max_position_embeddings": 128,
+    },
+}  # fmt: skip
+# Families with a head that fills in masked tokens. BART and mBART read the masked text and write it.
+FILLERS: dict[str, dict[str, Any]] = {
+    f"{name}Config": CLASSIFIERS[f"{name}Config"]
+    for name in (
+        "Bert", "DistilBert", "Roberta", "XLMRoberta", "Camembert", "MPNet", "Longformer", "BigBird", "Electra", "Deberta",
+        "DebertaV2", "Albert", "MobileBert", "SqueezeBert", "RoFormer", "ModernBert", "Funnel", "XLM", "Flaubert", "Bart",
+        "MBart", "ConvBert", "FNet", "Yoso", "Nystromformer", "XLMRobertaXL", "Ernie", "RemBert", "Esm", "Reformer",
+    )
+}  # fmt: skip
+# Those with a head for a class per token, and one of each kind without it.
+_NO_TAGS = ("GPTJConfig", "Starcoder2Config", "MBartConfig", "ReformerConfig")
+TAGGERS: dict[str, dict[str, Any]] = {name: values for name, values in CLASSIFIERS.items() if name not in _NO_TAGS}
+# Classifiers that transformers (5.23) has no question answering for.
+_NO_QUESTIONS = {
+    "GemmaConfig", "Gemma2Config", "Gemma3TextConfig", "PhiConfig", "Phi3Config", "GPTBigCodeConfig", "StableLmConfig",
+    "Starcoder2Config", "EsmConfig",
+}  # fmt: skip
+READERS_OF_QUESTIONS = {n: v for n, v in CLASSIFIERS.items() if n not in _NO_QUESTIONS - {"Gemma2Config"}} | {
+    "SmolLM3Config": WRITERS["SmolLM3Config"],
+    "Qwen2MoeConfig": WRITERS["Qwen2MoeConfig"],
+    "Qwen3MoeConfig": WRITERS["Qwen3MoeConfig"],
+}
 _BACKBONE = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
 _DETR = {
     "use_timm_backbone": False,
@@ -241,17 +296,43 @@ FINDERS_OF_OBJECTS: dict[str, dict[str, Any]] = {
     "RTDetrConfig": _RT_DETR,
 }
 # Families whose tokenizers end every text, because their head reads there.
-_WITH_END = ("T5", "MT5", "Bart", "MBart")
+_WITH_END = ("T5", "MT5", "Bart", "MBart", *(name.removesuffix("Config") for name in TRANSLATORS))
+# One entry per task in each: its auto class, its families, and whether they are published with the task's head.
 AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
     "seq_cls": "AutoModelForSequenceClassification",
+    "token_cls": "AutoModelForTokenClassification",
     "image_cls": "AutoModelForImageClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "extractive_qa": "AutoModelForQuestionAnswering",
     "object_detection": "AutoModelForObjectDetection",
 }
+FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
+    "causal_lm": WRITERS,
+    "masked_lm": FILLERS,
+    "seq_cls": CLASSIFIERS,
+    "token_cls": TAGGERS,
+    "extractive_qa": READERS_OF_QUESTIONS,
+    "object_detection": FINDERS_OF_OBJECTS,
+    "image_cls": READERS_OF_IMAGES,
+    "seq2seq": TRANSLATORS,
+}
+WITH_HEAD = ("causal_lm", "masked_lm", "seq2seq", "object_detection")
+# Sizes that are the input features of linear layers.
+_WIDTHS = {
+    "hidden_size", "n_embd", "d_model", "dim", "emb_dim", "word_embed_proj_dim", "embedding_size", "intra_bottleneck_size",
+    "input_embedding_size", "output_embedding_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+}  # fmt: skip
+
+
+def wide_values(name: str, task: str) -> dict[str, Any]:
+    """Values of a config that make the input features of its linear layers multiples of 64, the block size of NF4."""
+    return {key: 64 for key, value in FAMILIES[task][name].items() if key in _WIDTHS and value < 64}
 
 
 def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
-    """Writes a model as published, with its tokenizer or image processor: a classifier without its head.
+    """Writes a model as published, with its tokenizer or image processor: without a head for classes.
 
     Args: name: of a config class above. values: of the config.
     """
@@ -260,18 +341,10 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
     from peftlab.models.image_reader import tiny_image_processor
     from peftlab.models.tiny import tiny_tokenizer
 
-    if name in ("T5Config", "MT5Config"):
+    if name in ("T5Config", "MT5Config") and task != "seq2seq":
         values = {"decoder_start_token_id": 0, **values}
-    families = {
-        "causal_lm": WRITERS,
-        "seq_cls": CLASSIFIERS,
-        "image_cls": READERS_OF_IMAGES,
-        "object_detection": FINDERS_OF_OBJECTS,
-    }[task]
-    model = make_model(
-        make_config(name, families, **values),
-        AUTO_CLASSES[task] if task in ("causal_lm", "object_detection") else "AutoModel",
-    )
+    config = make_config(name, FAMILIES[task], **values)
+    model = make_model(config, AUTO_CLASSES[task] if task in WITH_HEAD else "AutoModel")
     generator = torch.Generator().manual_seed(1)
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("running_mean"):  # as of a trained model
@@ -286,6 +359,8 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
         processor.save_pretrained(folder)
         return
     tokenizer = tiny_tokenizer()
+    if task == "masked_lm":
+        tokenizer.mask_token = "<|im_start|>"
     if name.removesuffix("Config") in _WITH_END:
         end_every_text(tokenizer)
     tokenizer.save_pretrained(folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -18,27 +19,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import peftlab
 from peftlab.assembly.target import find_target, open_target
 from peftlab.errors import Interrupted, PeftlabError
-from peftlab.models import find_pretrained, load_tokenizer, reconciled_ids
+from peftlab.models import find_pretrained, linear_widths, load_tokenizer, reconciled_ids
 from peftlab.tasks import Example
 from peftlab.training.progress import SilentProgress
 from tests.family_examples import (
     AUTO_CLASSES,
     CLASSIFIERS,
+    FAMILIES,
+    FILLERS,
     FINDERS_OF_OBJECTS,
     READERS_OF_IMAGES,
+    READERS_OF_QUESTIONS,
+    TAGGERS,
+    TRANSLATORS,
+    WITH_HEAD,
     WRITERS,
     make_config,
+    wide_values,
     write_family,
 )
 from tests.processes import Processes
 from tests.run_examples import Stopper
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/families.md"
-COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume")
+COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume", "nf4", "int8")
+STORAGES = ("nf4", "int8")
+ADAPTERS = "## Adapters and storages"  # the heading of the other table
 # Decoders with a head for classes; the others differ from these only in their body.
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
 _NOTED = ("reach", "padding", "padding_token", "config_ids")
@@ -58,6 +69,8 @@ layers, of which a note says so, are trained on their convolutions.
 - **merge**: the merged folder gives the outputs that were trained.
 - **batch = alone**: a row gives the same outputs in a batch and alone.
 - **resume**: a run that is stopped and resumed ends with the same bytes.
+- **nf4**, **int8**: the recipe with `model.quantize` trains, and a second look at the run finds the
+  loss that training ended with; `-` for a model without linear layers in its body.
 """
 _NOTES = """\
 `peftlab check` says each of these lines when you bring a model of the family. Counts and ids are
@@ -67,8 +80,12 @@ those of the tiny model."""
 def families() -> Iterator[tuple[str, str]]:
     """Config class and task of every row."""
     yield from ((name, "causal_lm") for name in WRITERS)
+    yield from ((name, "masked_lm") for name in FILLERS)
     yield from ((name, "seq_cls") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
+    yield from ((name, "token_cls") for name in TAGGERS)
+    yield from ((name, "extractive_qa") for name in READERS_OF_QUESTIONS)
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
+    yield from ((name, "seq2seq") for name in TRANSLATORS)
     yield from ((name, "object_detection") for name in FINDERS_OF_OBJECTS)
 
 
@@ -96,7 +113,7 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     """
     write_family(folder / "model", name, task)
     write_rows(folder)
-    row = Row(_title(name, task), task)
+    row = Row(title(name, task), task)
     try:
         checked = peftlab.check(family_recipe(task), progress=SilentProgress())
     except PeftlabError as error:
@@ -120,11 +137,35 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
         peftlab.train("other", resume=True, progress=SilentProgress())
     same = Path("run/adapter/adapter_model.safetensors").read_bytes()
     row.cells["resume"] = _yes(Path("other/adapter/adapter_model.safetensors").read_bytes() == same, "other bytes")
+    for storage in STORAGES:
+        row.cells[storage] = _quantized(name, task, folder, storage)
     return row
 
 
-def page(rows: Sequence[Row]) -> str:
-    """docs/families.md."""
+def _quantized(name: str, task: str, folder: Path, storage: str) -> str:
+    """The cell of a storage, measured on a model whose sizes bitsandbytes reads rightly on a CPU."""
+    if not linear_widths(make_skeleton(name, task)):
+        return "-"
+    wide = f"wide-{storage}"
+    write_family(folder / wide, name, task, **wide_values(name, task))
+    document = family_recipe(task, model={"name": wide, "quantize": storage}, run={"dir": storage})
+    document["train"]["max_steps"] = 2
+    try:
+        loss = peftlab.train(document, progress=SilentProgress()).summary["after"]["loss"]
+        again = peftlab.evaluate(storage, progress=SilentProgress())["metrics"]["loss"]
+    except PeftlabError as error:
+        return f"**no: {_line(str(error), folder)[:120]}**"
+    return _yes(abs(again - loss) < _CLOSE * loss, "other loss")
+
+
+def make_skeleton(name: str, task: str) -> Any:
+    """The model of a row on the meta device."""
+    with torch.device("meta"):
+        return getattr(transformers, AUTO_CLASSES[task]).from_config(make_config(name, FAMILIES[task]))
+
+
+def page(rows: Sequence[Row], adapters: str) -> str:
+    """docs/families.md. Args: adapters: its section on adapters and storages, of ``adapter_table``."""
     numbers: dict[str, int] = {}
     lines = [row.line(", ".join(str(numbers.setdefault(note, len(numbers) + 1)) for note in row.notes)) for row in rows]
     header = ["family", "task", *COLUMNS, "notes"]
@@ -133,7 +174,7 @@ def page(rows: Sequence[Row]) -> str:
         textwrap.fill(f"{number}. {note}", 100, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False)
         for note, number in numbers.items()
     ]
-    return "\n".join([_INTRODUCTION, *table, "", "## Notes", "", _NOTES, "", *notes]) + "\n"
+    return "\n".join([_INTRODUCTION, *table, "", adapters, "## Notes", "", _NOTES, "", *notes]) + "\n"
 
 
 def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
@@ -142,27 +183,24 @@ def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
     found = re.findall(r"^(\d+)\. (.+(?:\n   .+)*)", text, flags=re.MULTILINE)
     notes = {number: " ".join(note.split()) for number, note in found}
     rows = {}
-    for line in re.findall(r"^\| `.*$", text, flags=re.MULTILINE):
+    for line in re.findall(r"^\| `.*$", text.partition(ADAPTERS)[0], flags=re.MULTILINE):
         family, task, *cells, numbers = (cell.strip(" `") for cell in line.split("|")[1:-1])
         rows[family, task] = (cells, [notes[number] for number in re.findall(r"\d+", numbers)])
     return rows
 
 
-def _title(name: str, task: str) -> str:
-    tables = {
-        "causal_lm": WRITERS,
-        "seq_cls": CLASSIFIERS,
-        "image_cls": READERS_OF_IMAGES,
-        "object_detection": FINDERS_OF_OBJECTS,
-    }
-    return str(make_config(name, tables[task]).model_type)
+def title(name: str, task: str) -> str:
+    return str(make_config(name, FAMILIES[task]).model_type)
 
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
-    sources = {"image_cls": "sklearn:digits", "object_detection": "shapes:60"}
+    sources = {"image_cls": "sklearn:digits", "token_cls": "entities.jsonl", "extractive_qa": "questions.jsonl"}
+    sources["object_detection"] = "shapes:60"
     data: dict[str, Any] = {"train": sources.get(task, "rows.jsonl"), "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
+    if task == "seq2seq":
+        data["columns"] = {"source": "text", "target": "label"}
     document: dict[str, Any] = {
         "task": task,
         "model": {"name": "model"},
@@ -181,6 +219,18 @@ def write_rows(folder: Path) -> None:
         for word, label in _WORDS.items()
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entities = [{"text": row["text"], "spans": [[0, len(row["text"].split()[0]), row["label"]]]} for row in rows]
+    (folder / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in entities))
+    questions = [
+        {
+            "question": f"What is {i}?",
+            "context": f"{word} film {'so ' * (i % 3)}{i}",
+            "answers": [word] if i % 4 else [],
+        }
+        for i in range(8)
+        for word in _WORDS
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
 
 
 def _line(text: str, folder: Path) -> str:
@@ -193,14 +243,14 @@ def _yes(holds: bool, otherwise: str) -> str:
 
 def _plain_peft(task: str) -> Any:
     """The run in plain transformers and PEFT, with the ids in the config that ``check`` says are needed."""
-    import transformers
     from peft import PeftModel
 
-    options: dict[str, Any] = {} if task == "causal_lm" else {"num_labels": len(_classes())}
+    own = task in WITH_HEAD and task != "object_detection"
+    options: dict[str, Any] = {} if own or task == "extractive_qa" else {"num_labels": len(_classes())}
     if task == "object_detection":
         options["ignore_mismatched_sizes"] = True  # its head is for other categories
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
-    if task == "seq_cls":
+    if task in ("seq_cls", "token_cls", "extractive_qa", "seq2seq"):
         tokenizer = load_tokenizer(find_pretrained("model"))
         for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
             setattr(base.config, name, wanted)
@@ -229,7 +279,10 @@ def _difference(opened: Any, examples: list[Example], other: Any = None) -> floa
     torch.manual_seed(0)
     alone = other is not None
     compared = torch.cat([outputs(other, [e]) for e in examples]) if alone else outputs(opened.model, examples)
-    return float((wanted - compared).abs().max() / wanted.abs().max())
+    exists = wanted > -math.inf
+    if not torch.equal(exists, compared > -math.inf):
+        return math.inf
+    return float((wanted - compared)[exists].abs().max() / wanted[exists].abs().max())
 
 
 def measure_in(folder: Path, name: str, task: str, process: Processes) -> Row:
@@ -244,13 +297,15 @@ def measure_in(folder: Path, name: str, task: str, process: Processes) -> Row:
 
 
 def main() -> None:
+    from tests import adapter_table  # it imports this file
+
     process, rows = Processes(), []
     os.environ["PYTHONPATH"] = str(PAGE.parent.parent)
     for name, task in families():
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure_in(Path(folder), name, task, process))
         print(rows[-1], file=sys.stderr, flush=True)
-    PAGE.write_text(page(rows))
+    PAGE.write_text(page(rows, adapter_table.section(adapter_table.measure_all())))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,11 @@ from peftlab.training.progress import SilentProgress
 TINY = {
     "causal_lm": "tiny:llama",
     "seq_cls": "tiny:bert",
+    "token_cls": "tiny:bert",
     "embedding": "tiny:bert",
     "image_cls": "tiny:vit",
+    "extractive_qa": "tiny:bert",
+    "reranking": "tiny:bert",
     "object_detection": "tiny:detr",
 }
 # What a newcomer types first. None of them is in the data.

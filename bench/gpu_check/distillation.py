@@ -182,7 +182,7 @@ def _teacher_of(device: Device, kind: str, task: Any, teacher: Any, examples: li
         return torch.cat(parts) if fill.kind == "hidden" else SparseTarget.concatenated(parts)
 
     head = ops.Head(ops.DenseWeight(teacher.get_output_embeddings().weight)) if fill.kind == "hidden" else None
-    return CachedTeacher(read, index_of={e.row: i for i, e in enumerate(examples)}, head=head)
+    return CachedTeacher(read, index_of={e.key: i for i, e in enumerate(examples)}, head=head)
 
 
 def _draws(device: Device, kind: Literal["sampled", "mixed"]) -> Row:

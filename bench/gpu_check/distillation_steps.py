@@ -138,7 +138,7 @@ def _runner(device: Device, student: Any, tokens: int, stored: int | None) -> tu
         teacher: Any = ModelTeacher(device.shared["teacher"], task, device=device.kind)
     else:
         target = _random_target(scored, min(stored, vocab - 1), vocab)
-        teacher = CachedTeacher(lambda indices: target, index_of={0: 0})
+        teacher = CachedTeacher(lambda indices: target, index_of={(0, 0): 0})
     loss_of = DistillLoss(task, [(1.0, Objective())], [Share(teacher)])
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = make_optimizer(student, "adamw", lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0)

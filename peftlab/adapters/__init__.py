@@ -30,6 +30,7 @@ from peftlab.adapters.inject import (
     inject,
     report,
     token_modules,
+    try_injection,
 )
 from peftlab.adapters.parameters import experts_text, owners, planned_parameters
 from peftlab.adapters.patterns import Pattern, rate_factors
@@ -94,4 +95,5 @@ __all__ = [
     "train_all",
     "train_mode",
     "without_adapter",
+    "try_injection",
 ]

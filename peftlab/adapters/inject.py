@@ -144,6 +144,20 @@ def _inject_bottlenecks(model: nn.Module, places: Mapping[str, Any], options: Ma
     return add_bottlenecks(model, bottleneck_config(options, chosen), modules_to_save=whole, task_type=peft_type)
 
 
+def try_injection(skeleton: nn.Module, method: str, **arguments: Any) -> None:
+    """Injects into a model without weights, which it spoils. What needs weights or rows is left out or ignored.
+
+    Args: as ``inject``. Raises: RecipeError if PEFT refuses the adapter on these layers.
+    """
+    if arguments.get("init_lora_weights") is not None:
+        arguments["init_lora_weights"] = True
+    try:
+        inject(skeleton, method, **arguments)
+    except (RecipeError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, RecipeError) and "meta" not in str(error).lower():
+            raise
+
+
 def report(model: Any) -> AdapterReport:
     """Counts over an injected model. Raises: RecipeError if nothing is trained."""
     from peft.tuners.tuners_utils import BaseTunerLayer

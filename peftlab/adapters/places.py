@@ -24,6 +24,8 @@ from peftlab.specs.methods import METHODS, TARGET_NAMES
 # PEFT's task type of a sequence classifier: it trains modules with these endings in full.
 _CLASSIFIER = "SEQ_CLS"
 _CLASSIFIER_HEADS = ("classifier", "score")
+# The head of T5ForQuestionAnswering (transformers 5.23), which is its own body.
+_LOOSE_HEAD = "qa_outputs"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -327,9 +329,8 @@ def _is_inside(name: str, endings: Sequence[str]) -> bool:
 def head_modules(model: Any) -> list[str]:
     """Names of the modules with weights outside the body of a transformers model."""
     body: Any = model.base_model
-    if body is model:
-        return []
-    return [n for n, child in model.named_children() if child is not body and any(True for _ in child.parameters())]
+    children = [(n, child) for n, child in model.named_children() if any(True for _ in child.parameters())]
+    return [n for n, child in children if (n == _LOOSE_HEAD if body is model else child is not body)]
 
 
 def _inside(modules: Sequence[str]) -> str | None:

@@ -61,7 +61,14 @@ def is_adaptable(module: nn.Module) -> bool:
     """Whether PEFT can put an adapter on it."""
     # Quantized linears subclass nn.Linear; GPT-2's Conv1D does not.
     kinds = nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention
-    return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
+    return (isinstance(module, kinds) or type(module).__name__ == "Conv1D") and not _is_router(module)
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether it is a linear layer of a model's own code that does more than a product, such as the router of Llama 4, which
+    returns a tuple. PEFT's layers expect the product."""
+    own = type(module).__module__.startswith("transformers.models.")
+    return own and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -83,7 +90,7 @@ def is_grouped(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer: quantized or not, or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return (isinstance(module, nn.Linear) and not _is_router(module)) or type(module).__name__ == "Conv1D"
 
 
 def is_norm(module: nn.Module) -> bool:

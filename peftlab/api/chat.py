@@ -16,7 +16,7 @@ from peftlab.assembly.process import located, prepare_libraries
 from peftlab.assembly.target import RecipeSource, Target, find_target, open_target
 from peftlab.errors import RecipeError
 from peftlab.specs.tasks import TASKS
-from peftlab.tasks import Generates
+from peftlab.tasks import Chats
 from peftlab.training.progress import Progress, SilentProgress
 
 _NEW_TOKENS = 256
@@ -53,14 +53,14 @@ class Chat:
         prepare_libraries()
         resolved = _chat_target(target, recipe, overrides)
         with located(resolved.loaded):
-            if not resolved.loaded.recipe.spec.generates:
+            if not resolved.loaded.recipe.spec.chats:
                 raise RecipeError(
                     f"chat needs a language model; this is a {resolved.loaded.recipe.task} run: use predict"
                 )
             self._opened = open_target(resolved, progress or SilentProgress())
             self.max_new_tokens = max_new_tokens or min(_NEW_TOKENS, max(1, self._opened.model_limit // 2))
             check_room_to_answer(self.max_new_tokens, self._opened.assembly)
-            self._task = cast(Generates, self._opened.task)
+            self._task = cast(Chats, self._opened.task)
             template = resolved.loaded.recipe.data.template
             self._alone = template is not None and template.prompt is not None
             if not self._alone and not self._task.tokenizer.chat_template:
@@ -164,7 +164,7 @@ class Chat:
         return ids
 
 
-def _streamer(task: Generates) -> Any:
+def _streamer(task: Chats) -> Any:
     """Streams the text of an answer: the same tokens as in ``task.text_of``."""
     from transformers import TextIteratorStreamer
 
@@ -185,5 +185,5 @@ def _chat_target(target: str | os.PathLike[str], recipe: RecipeSource | None, ov
     except RecipeError:
         if recipe is not None or (Path(target).is_dir() and not (Path(target) / "config.json").is_file()):
             raise
-        writes = next(name for name, spec in TASKS.items() if spec.generates)
+        writes = next(name for name, spec in TASKS.items() if spec.chats)
         return find_target(target, {"task": writes, "model": {"name": str(target)}, "data": {"train": "-"}}, overrides)

@@ -19,6 +19,7 @@ from peftlab.assembly.plan import make_plan, plan_notes
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.data import Ledger, packing_figures
 from peftlab.experiments.distill_checks import describe_distillation
+from peftlab.experiments.unlabelled import find_unlabelled
 from peftlab.runs import open_source
 from peftlab.training.progress import Progress, make_progress
 
@@ -40,7 +41,8 @@ def check(
 
     Returns: plain values. ``ok``: whether ``data.allow`` covers all errors. ``train``, ``held_out``: rows, tokens,
         roles, special tokens, answers, lengths, labels, and the dropped rows with reason and place. ``shared``: rows
-        in both. ``distill``: teachers, their caches and the student; None without the section.
+        in both. ``distill``: teachers, their caches and the student; None without the section. ``unlabelled``: lines on
+        the rows of a self-training.
         ``findings``: errors and notes with their rows. ``estimate``: steps, tokens and seconds.
         ``preview``: text segments with role and whether they are trained.
     Raises: RecipeError, DataError if the data cannot be read or rendered as text.
@@ -84,8 +86,10 @@ def check(
         for key, message in [] if estimate is None else plan_notes(settings, estimate["steps"]):
             note = {"kind": "no_effect", "level": "note", "data": "train", "message": f"{key}: {message}"}
             notes.append({**note, "key": key, "where": []})
+        ok = not any(f["level"] == "error" for f in notes)
+        in_rounds = ok and settings.train.self_training is not None
         return {
-            "ok": not any(f["level"] == "error" for f in notes),
+            "ok": ok,
             "recipe": loaded.name,
             "task": settings.task,
             "model": settings.model.name,
@@ -97,6 +101,7 @@ def check(
             "held_out": held_out.report(),
             "shared": shared_rows(train, held_out),
             "distill": distillation,
+            "unlabelled": list(find_unlabelled(assembly).lines()) if in_rounds else [],
             "estimate": estimate,
             "preview": [asdict(p) for p in previews(task, train, show)],
         }
@@ -105,7 +110,7 @@ def check(
 def _estimate(assembly: Assembly, skeleton: Any, train: Ledger) -> dict[str, Any] | None:
     """Steps, tokens and time; None if no rows remain, rows are refused, or the student will write the rows."""
     recipe, lengths, limit = assembly.recipe, train.lengths, assembly.limit
-    if recipe.distill is not None and recipe.distill.on_policy is not None:
+    if recipe.distill is not None and (recipe.distill.on_policy is not None or recipe.distill.answers == "teacher"):
         return None
     if not len(lengths) or any(reason.startswith("refused") for reason in train.left_out):
         return None

@@ -11,7 +11,7 @@ from peftlab.assembly.process import located, prepare_libraries
 from peftlab.assembly.target import RecipeSource, find_target, open_target
 from peftlab.assembly.witness import check_witness
 from peftlab.errors import RecipeError
-from peftlab.evaluation.loop import evaluate_examples
+from peftlab.evaluation.loop import answer_signatures, evaluate_examples
 from peftlab.evaluation.metrics import check_metrics, default_metrics
 from peftlab.evaluation.picture import draw_confusion
 from peftlab.measuring.drawing import check_picture
@@ -62,13 +62,14 @@ def evaluate(
         opened = open_target(resolved, progress, assembly=assembly)
         if not any(text.startswith("model.") for text in overrides):
             check_witness(opened, progress)
-        count = len(held_out.examples)
+        count = held_out.num_rows
         progress.stage(f"evaluating on {count:,} row{'' if count == 1 else 's'}")
+        # eval.best chooses among checkpoints, so rows need not allow it here.
+        names = settings.eval.metrics or default_metrics(settings.spec, bool(settings.eval.choices))
         metrics = evaluate_examples(
             opened.model,
             opened.task,
             held_out,
-            # eval.best chooses among checkpoints, so rows need not allow it here.
             metrics=names,
             batch_tokens=settings.eval.batch_tokens,
             device=opened.device,
@@ -76,7 +77,7 @@ def evaluate(
         )
         if picture is not None:
             draw_confusion(metrics, opened.task.class_names or [], Path(picture))
-        return {
-            "target": str(target), "kind": resolved.kind, "rows": count, "metrics": metrics,
-            **({} if picture is None else {"picture": str(picture)}),
-        }  # fmt: skip
+        result = {"target": str(target), "kind": resolved.kind, "rows": count, "metrics": metrics}
+        signatures = answer_signatures(names)
+        result |= {"signatures": signatures} if signatures else {}
+        return result | ({} if picture is None else {"picture": str(picture)})

@@ -37,6 +37,7 @@ def predict(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    beams: int | None = None,
     columns: bool = False,
     picture: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -48,13 +49,16 @@ def predict(
 
     Args:
         inputs: a path (file with the recipe's columns), a list of texts, or a list of rows (dicts).
-        max_new_tokens, temperature, top_p: for generated text; temperature 0 is greedy.
+        max_new_tokens, temperature, top_p: for generated text; temperature 0 is greedy. beams: width of the search of an
+            encoder-decoder, instead of eval.beams.
         columns: put the columns of the input before each result; a column named as one of the result is ``input_NAME``.
         picture: a .png or .svg file to write: the first input, an image, with the objects found in it.
     Raises: as ``evaluate``; DataError if the inputs lack a column, or none of the first 256 can be read.
     """
     prepare_libraries()
     progress = progress or make_progress()
+    if beams is not None:
+        overrides = [*overrides, f"eval.beams={beams}"]
     resolved = find_target(target, recipe, overrides)
     with located(resolved.loaded), progress:
         for line in resolved.loaded.notes:
@@ -73,8 +77,8 @@ def predict(
         notes = _Notes(rows)
         options = {"max_new_tokens": new_tokens, "temperature": temperature, "top_p": top_p}
         names = _input_names(rows, opened.task) if columns else {}
-        for start in range(0, len(rows), _WINDOW):
-            window = rows.select(range(start, min(start + _WINDOW, len(rows))))
+        for start, end in _windows(rows, opened):
+            window = rows.select(range(start, end))
             for i, result in enumerate(_results(opened, window, notes, start, options)):
                 if picture is not None and start + i == 0 and result["objects"] is not None:
                     image = cast(FindsObjects, opened.task).image_of(window.select([0]))
@@ -82,6 +86,19 @@ def predict(
                 yield {new: _plain(window.columns[old][i]) for old, new in names.items()} | result
         for line in notes.lines():
             progress.note(line)
+
+
+def _windows(rows: Rows, opened: Opened) -> Iterator[tuple[int, int]]:
+    """Ranges of rows; rows in a row that belong together, such as the documents of a query, are in one."""
+    role, columns = opened.task.spec.whole, opened.assembly.recipe.data.columns
+    groups = rows.columns.get(columns.get(role, role)) if role is not None else None
+    start = 0
+    while start < len(rows):
+        end = min(start + _WINDOW, len(rows))
+        while groups is not None and end < len(rows) and groups[end] == groups[end - 1]:
+            end += 1
+        yield start, end
+        start = end
 
 
 def _results(

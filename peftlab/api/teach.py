@@ -53,6 +53,11 @@ def teach(
                 "on-policy distillation has no cache to prepare; run peftlab distill",
                 key="distill.on_policy",
             )
+        if assembly.distill.answers == "teacher":
+            raise RecipeError(
+                "the teacher first writes the answers that the cache is for; run peftlab distill, which does both",
+                key="distill.answers",
+            )
         check_settings(assembly)
         progress.stage("reading data")
         taught, teachers = taught_examples(assembly), named_teachers(assembly)

@@ -12,9 +12,10 @@ from peftlab.assembly.checks import check_settings
 from peftlab.assembly.fit import complete, fit
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.errors import RecipeError
+from peftlab.experiments.self_training import self_train
 from peftlab.measuring.memory import frozen_heap
 from peftlab.recipe import check_lock, check_same_settings
-from peftlab.runs import Run, checkpoint_to_resume, choose_folder, open_run, open_source
+from peftlab.runs import Run, check_unfinished, checkpoint_to_resume, choose_folder, open_run, open_source
 from peftlab.training.progress import Progress, make_progress
 
 
@@ -50,18 +51,25 @@ def train(
         if loaded.recipe.distill is not None:
             raise RecipeError("this recipe names a teacher; run peftlab distill, or remove the section", key="distill")
         folder = folder or choose_folder(loaded, resume=resume, replace=replace)
-        checkpoint = None
+        checkpoint, in_rounds = None, loaded.recipe.train.self_training is not None
         if resume:
             stored = open_run(folder).recipe()
             check_same_settings(loaded, stored)
-            checkpoint = checkpoint_to_resume(folder)
+            if in_rounds:
+                check_unfinished(folder)
+            else:
+                checkpoint = checkpoint_to_resume(folder)
         if not loaded.recipe.spec.learns_from_labels:
             raise RecipeError(
-                "sentence embeddings need a teacher's vectors; name the teacher in a section distill and run `peftlab distill`",
+                "rows of one text each have no labels. To learn from pairs, name their columns: data.columns={anchor: COLUMN, "
+                "positive: COLUMN} (and negative), or {sentence1: COLUMN, sentence2: COLUMN, score: COLUMN}. To learn from a "
+                "teacher's vectors, name the teacher in a section distill and run `peftlab distill`",
                 key="task",
             )
         assembly = Assembly(loaded)
         check_settings(assembly)
+        if in_rounds:
+            return self_train(assembly, folder, progress, resume=resume, replace=replace)
         if resume and loaded.recipe.lock is None:
             for line in check_lock(stored, fingerprints=assembly.fingerprints, resumed=True):
                 progress.note(line)

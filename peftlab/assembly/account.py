@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from peftlab.data import Finding, Ledger, find
@@ -102,8 +102,9 @@ def shared_rows(train: Ledger, held_out: Ledger) -> list[dict[str, str]]:
 
 def previews(task: Task, ledger: Ledger, count: int) -> list[Preview]:
     """Previews of the first ``count`` kept training rows; without labels if the ledger has none."""
-    labelled = ledger.style != "labels" or ledger.has_labels
-    return [
+    labelled = ledger.style not in ("labels", "words") or ledger.has_labels
+    shown = [
         task.preview(ledger.rows, int(i), max_length=ledger.max_length, labelled=labelled)
         for i in ledger.kept_rows[:count]
     ]
+    return [replace(p, cut=0, follows=p.cut) if ledger.too_long == "split" else p for p in shown]

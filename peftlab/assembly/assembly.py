@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
+
+from pydantic import BaseModel
 
 from peftlab.adapters import HeadLoss
 from peftlab.assembly.adapter import adapter_fingerprints, adapter_options, adapter_places
@@ -23,8 +25,10 @@ from peftlab.models import (
     Pretrained,
     add_tokens,
     check_stored,
+    decoder_start,
     end_ids,
     find_pretrained,
+    is_causal,
     load_config,
     load_image_reader,
     load_model,
@@ -37,6 +41,8 @@ from peftlab.models import (
     sentence_files,
     start_rows,
     stored_as,
+    target_limit,
+    token_types,
     tokenizer_fingerprint,
     vocabulary_rows,
 )
@@ -44,13 +50,46 @@ from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
 from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.methods import METHODS
-from peftlab.specs.metrics import class_slugs, family_of
+from peftlab.specs.metrics import family_of, values_of
 from peftlab.specs.task_spec import TaskSpec
-from peftlab.tasks import Encoded, FindsClasses, Padding, Task, TaskParts, task_class
+from peftlab.tasks import Encoded, FindsClasses, FindsSettings, Padding, Task, TaskParts, task_class
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
-_NOT_ABOUT_ROWS = {"template", "control_tokens", "max_length", "too_long", "packing", "allow", "augment", "seed"}
+_NOT_ABOUT_ROWS = {
+    "template",
+    "control_tokens",
+    "max_length",
+    "max_target_length",
+    "stride",
+    "too_long",
+    "packing",
+    "allow",
+    "augment",
+    "score_range",
+    "prefix",
+    "source_language",
+    "target_language",
+    "seed",
+}
+
+
+class Reading(NamedTuple):
+    """How a model's family reads and writes texts.
+
+    Attributes: padding, causal, num_embeddings, token_types, decoder_start, hidden_size: see ``TaskParts``.
+        end_ids: the ids that end its texts.
+        target_limit: the longest target in tokens; None for a task without targets.
+    """
+
+    padding: Padding = "right"
+    causal: bool = False
+    end_ids: Sequence[int] = ()
+    num_embeddings: int | None = None
+    token_types: int = 0
+    decoder_start: int | None = None
+    target_limit: int | None = None
+    hidden_size: int | None = None
 
 
 class Assembly:
@@ -194,14 +233,21 @@ class Assembly:
     @property
     def reader(self) -> Any:
         """The tokenizer, or the ``ImageReader`` for images. Raises: RecipeError."""
-        settings = [*self._model_key, self.spec.reader, self.recipe.model.chat_template, self.recipe.adapter.tokens]
+        settings = [
+            *self._model_key,
+            self.spec.reader,
+            self.spec.reads_source,
+            self.recipe.model.chat_template,
+            self.recipe.adapter.tokens,
+        ]
         return self._once("reader", settings, self._read_reader)
 
     def _read_reader(self) -> Any:
         if self.spec.reader == "image processor":
             reader = load_image_reader(self.pretrained)
         else:
-            reader = load_tokenizer(self.pretrained, chat_template=self.recipe.model.chat_template)
+            template, offsets = self.recipe.model.chat_template, not self.spec.reads_source
+            reader = load_tokenizer(self.pretrained, chat_template=template, offsets=offsets)
             if self.recipe.adapter.tokens:
                 add_tokens(reader, self.recipe.adapter.tokens)
         # Students cut from one model have equal readers; sharing one lets them share their examples.
@@ -251,6 +297,27 @@ class Assembly:
         return cast(type[FindsClasses], task_class(self.spec)).find_classes(parts, rows)
 
     @property
+    def found(self) -> dict[str, Any]:
+        """The settings that the task finds, or that the run in the recipe's lock has found; empty for a task without any."""
+        if not self.spec.finds_settings:
+            return {}
+        stored = ((self.recipe.lock or {}).get("environment") or {}).get("found")
+        if isinstance(stored, dict):
+            return dict(stored)
+        return self._once("settings", [self._data_key, self._reads_train], self._find_settings)
+
+    def _find_settings(self) -> dict[str, Any]:
+        rows = self.data.labelled
+        parts = self._task_parts(self.reader, classes=None, rows=rows, found={})
+        return cast(type[FindsSettings], task_class(self.spec)).find_settings(parts, rows)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What the lock file of a run keeps of the data: names of the classes, and settings."""
+        kept: dict[str, Any] = {"class_names": self.classes} if self.spec.names_classes else {}
+        return kept | ({"found": self.found} if self.found else {})
+
+    @property
     def task(self) -> Task:
         """The task, with reader, columns and classes. Raises: DataError, RecipeError."""
         return self._once("task", self._task_key, self._make_task)
@@ -279,10 +346,16 @@ class Assembly:
         return task_class(self.spec).make(parts)
 
     def _task_parts(
-        self, reader: Any, *, classes: list[str] | None, rows: Rows | None, pretrained: Pretrained | None = None
+        self,
+        reader: Any,
+        *,
+        classes: list[str] | None,
+        rows: Rows | None,
+        pretrained: Pretrained | None = None,
+        found: dict[str, Any] | None = None,
     ) -> TaskParts:
         r, data = self.recipe, self.recipe.data
-        padding, ends, num_embeddings = self._reading(pretrained or self.pretrained, reader)
+        family = self._reading(pretrained or self.pretrained, reader)
         return TaskParts(
             reader,
             columns=data.columns,
@@ -298,13 +371,41 @@ class Assembly:
             sentences=lambda: sentence_files(self.pretrained),
             style=((r.lock or {}).get("environment") or {}).get("style"),
             control_tokens=data.control_tokens,
-            padding=padding,
-            end_ids=ends,
-            num_embeddings=num_embeddings,
-            min_score=r.eval.min_score,
+            padding=family.padding,
+            causal=family.causal,
+            end_ids=family.end_ids,
+            num_embeddings=family.num_embeddings,
+            token_types=family.token_types,
+            decoder_start=family.decoder_start,
+            max_target_length=self._max_target_length(family),
+            hidden_size=family.hidden_size,
+            settings=self._settings,
             config=load_config(pretrained or self.pretrained) if self.spec.reader != "tokenizer" else None,
             augmentation=Augmentation(**data.augment.model_dump()) if data.augment else None,
+            found=self.found if found is None else found,
         )
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """See ``TaskParts.settings``."""
+        values: dict[str, Any] = {}
+        for key in self.spec.settings:
+            section, name = key.split(".")
+            value = getattr(getattr(self.recipe, section), name)
+            values[key] = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
+        return values
+
+    def _max_target_length(self, family: Reading) -> int | None:
+        """The longest target in tokens; None for a task without targets. Raises: RecipeError if the model writes less."""
+        wanted, allowed = self.recipe.data.max_target_length, family.target_limit
+        if allowed is None:
+            return None
+        if wanted is not None and wanted > allowed:
+            raise RecipeError(
+                f"the decoder of {self.recipe.model.name} writes at most {allowed:,} tokens, found {wanted:,}",
+                key="data.max_target_length",
+            )
+        return allowed if wanted is None else wanted
 
     @property
     def unread_columns(self) -> list[str]:
@@ -317,28 +418,44 @@ class Assembly:
             read |= {"label", data.columns["label"]}
         return [name for name in self.data.labelled.columns if name not in read]
 
-    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
-        """How a model's family is padded, the ids that end its texts, and the rows of its input embeddings, if it has a
-        vocabulary. Raises: RecipeError if it cannot do the task."""
+    def _reading(self, pretrained: Pretrained, reader: Any) -> Reading:
+        """How the model's family reads and writes. Raises: RecipeError if it cannot do the task."""
         if self.spec.reader != "tokenizer":
-            return "right", [], None
+            return Reading()
         settings = [pretrained, id(reader), self.recipe.task, bool(self.recipe.adapter.tokens)]
         # The reader is kept too: while it lives, no other one has its id.
         return self._once("reading", settings, lambda: (self._read_family(pretrained, reader), reader))[0]
 
-    def _read_family(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
+    def _read_family(self, pretrained: Pretrained, reader: Any) -> Reading:
         config = load_config(pretrained)
         check_family(config, reader, self.spec)
         ends = end_ids(pretrained, reader)[0] if self.spec.generates else []
         rows = vocabulary_rows(config)
         if self.recipe.adapter.tokens and rows is not None:
             rows = max(rows, len(reader))
-        return padding_of(config, self.spec.predicts), ends, rows
+        reading = Reading(
+            padding_of(config, whole_rows=self.spec.reads_whole_rows),
+            is_causal(config),
+            ends,
+            rows,
+            token_types(config, reader),
+            hidden_size=getattr(config.get_text_config(), "hidden_size", None),
+        )
+        if not self.spec.reads_source:
+            return reading
+        return reading._replace(decoder_start=decoder_start(config), target_limit=target_limit(pretrained, reader))
 
     @property
     def num_embeddings(self) -> int | None:
         """Rows of the model's input embeddings; None for images and for a model without a vocabulary."""
-        return self._reading(self.pretrained, self.reader)[2]
+        return self._reading(self.pretrained, self.reader).num_embeddings
+
+    @property
+    def target_limit(self) -> int:
+        """The longest target in tokens that the model's decoder writes."""
+        limit = self._reading(self.pretrained, self.reader).target_limit
+        assert limit is not None
+        return limit
 
     @property
     def limit(self) -> int:
@@ -423,13 +540,10 @@ class Assembly:
     def check_class_has_rows(self, metric: str, *, key: str) -> None:
         """Raises RecipeError at ``key`` if ``metric`` is of one class, and no held-out row has that class."""
         classes, family = self.task.class_names, family_of(metric)
-        if classes is None or family is None or not family.averaged:
+        if classes is None or family is None:
             return
-        slugs = [f"{family.name}_{slug}" for slug in class_slugs(classes)]
-        if metric not in slugs:
-            return
-        name = classes[slugs.index(metric)]
-        if name not in self._held_out_classes():
+        name = values_of(family, classes).get(metric)
+        if name is not None and name not in self._held_out_classes():
             raise RecipeError(
                 f"no held-out row has the class {name!r}, so {metric} cannot be measured; name another metric, or give "
                 "data.eval rows of it",
@@ -519,13 +633,13 @@ class Assembly:
             r.task,
             id(self.reader),
             self._data_key[:3] if self._reads_data else None,
-            r.data.model_dump(include={"columns", "label_names", "bins", "template", "control_tokens", "augment"}),
-            r.train.class_weights,
-            r.eval.min_score,
-            self._model_key,
+            r.data.columns,
+            self._settings,
+            self._model_key if self.spec.reader != "tokenizer" else None,
             self.classes,
+            self.found,
+            r.eval.threshold,
             r.run.kernels,
-            r.model.pooling,
             sentences,
             self._reading(self.pretrained, self.reader),
         ]

@@ -34,7 +34,13 @@ def check_settings(assembly: Assembly) -> None:
 
 def check_room_to_answer(max_new_tokens: int, assembly: Assembly, *, key: str | None = None) -> None:
     """Raises RecipeError if the answer length leaves no room for a prompt. Args: key: the recipe key of the answer length."""
-    if assembly.spec.generates and max_new_tokens >= assembly.model_limit:
+    if assembly.spec.reads_source:
+        if max_new_tokens > (most := assembly.target_limit):
+            raise RecipeError(
+                f"the model writes at most {most:,} tokens, found {max_new_tokens:,}; lower the answer's length",
+                key=key,
+            )
+    elif assembly.spec.generates and max_new_tokens >= assembly.model_limit:
         raise RecipeError(
             f"the model reads at most {assembly.model_limit:,} tokens, which leaves no room for a prompt and an answer of "
             f"{max_new_tokens:,} tokens; lower the answer's length",

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftlab.data import Rows, balanced_rows, class_names, label_text, load_rows, read_labels, split_rows
+from peftlab.data import (
+    Rows,
+    balanced_rows,
+    class_names,
+    label_text,
+    load_rows,
+    read_labels,
+    rows_per_class,
+    split_groups,
+    split_per_class,
+    split_rows,
+)
+from peftlab.data.label_sets import label_columns
 from peftlab.errors import DataError, RecipeError, listed
 from peftlab.recipe import Recipe
 
@@ -62,30 +74,34 @@ def load_data(
     )
 
     def read_held_out(name: str) -> Rows:
-        rows = read(name, key="data.eval", default_split="validation")
-        return _with_labels(
-            recipe, _without_blank(rows, blank_rows, labelled=True, key="data.eval"), all_names_used=False
-        )
+        base, per_class = split_per_class(name, key="data.eval")
+        rows = read(base, key="data.eval", default_split="validation")
+        rows = _without_blank(rows, blank_rows, labelled=True, key="data.eval")
+        return _drawn(recipe, _with_labels(recipe, rows, all_names_used=False), per_class, key="data.eval")
 
     if held_out_only:
         assert data.eval is not None
         held_out = read_held_out(data.eval)
         return DataParts(held_out, held_out, {"eval data": held_out.fingerprint}, held_out)
-    source = _without_blank(read(data.train, key="data.train"), blank_rows, labelled=True, key="data.train")
+    base, per_class = split_per_class(data.train, key="data.train")
+    source = _without_blank(read(base, key="data.train"), blank_rows, labelled=True, key="data.train")
     train = _with_labels(recipe, source, all_names_used=True)
     fingerprints = {"train data": train.fingerprint}
     if data.eval is not None:
         held_out = read_held_out(data.eval)
         fingerprints |= {"eval data": held_out.fingerprint}
-        parts = DataParts(_chosen(recipe, train), held_out, fingerprints, train)
+        parts = DataParts(_chosen(recipe, train, per_class), held_out, fingerprints, train)
         return _with_transfer(recipe, parts, read, blank_rows) if transfer else parts
-    classifies = recipe.spec.classifies
-    labels = read_class_labels(recipe, train) if classifies or "label" in data.columns else None
-    if classifies:
+    labels = read_class_labels(recipe, train) if class_role(recipe) is not None else None
+    if recipe.spec.classifies:
         class_names(labels or [])
-    kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
+    if (role := recipe.spec.whole) is not None:
+        groups = [str(v) for v in train.column(data.columns.get(role, role), key=f"data.columns.{role}")]
+        kept, held = split_groups(train, groups, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed)
+    else:
+        kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
     labelled = train.select(kept)
-    chosen = _chosen(recipe, dataclasses.replace(labelled, left_out=train.left_out))
+    chosen = _chosen(recipe, dataclasses.replace(labelled, left_out=train.left_out), per_class)
     parts = DataParts(chosen, train.select(held), fingerprints, labelled)
     return _with_transfer(recipe, parts, read, blank_rows) if transfer else parts
 
@@ -96,18 +112,26 @@ def uses_labels(recipe: Recipe) -> bool:
     return recipe.spec.classifies or "label" in recipe.data.columns or any("{label}" in str(part) for part in template)
 
 
+def class_role(recipe: Recipe) -> str | None:
+    """The role of the column that gives each row one class; None if there is none."""
+    if recipe.spec.classifies or "label" in recipe.data.columns:
+        return "label"
+    return "rank" if "rank" in recipe.data.columns else None
+
+
 def read_class_labels(recipe: Recipe, rows: Rows, *, all_names_used: bool = True) -> list[str]:
     """Returns the class name of each row, from the recipe's label column, names and bins.
 
     Args: all_names_used: whether each of data.label_names must occur.
     """
-    data = recipe.data
-    if not recipe.spec.classifies:  # the column already holds the names
+    data, role = recipe.data, class_role(recipe) or "label"
+    if role == "label" and not recipe.spec.classifies:  # the column already holds the names
         return [str(v) for v in rows.column("label")]
     bins = (data.bins.edges, data.bins.names) if data.bins else None
     return read_labels(
         rows,
-        data.columns.get("label", "label"),
+        data.columns.get(role, role),
+        key=f"data.columns.{role}",
         label_names=data.label_names,
         bins=bins,
         all_names_used=all_names_used,
@@ -116,8 +140,8 @@ def read_class_labels(recipe: Recipe, rows: Rows, *, all_names_used: bool = True
 
 def check_columns(recipe: Recipe, rows: Rows) -> None:
     """Raises DataError for the first of data.columns that is missing in the rows."""
-    for part, name in recipe.data.columns.items():
-        if part != "label":
+    for part, named in recipe.data.columns.items():
+        for name in [] if part == "label" else label_columns(named, rows.columns) if part == "labels" else [named]:
             try:
                 rows.column(name)
             except DataError as error:
@@ -150,9 +174,32 @@ def _with_transfer(
     return dataclasses.replace(parts, train=rows, fingerprints=fingerprints, has_labels=False)
 
 
-def _chosen(recipe: Recipe, rows: Rows) -> Rows:
-    """The rows to train on: those that data.exclude and data.balance leave. Raises: DataError."""
+def _drawn(recipe: Recipe, rows: Rows, per_class: int | None, *, key: str) -> Rows:
+    """``per_class`` rows of each class; all rows for None. Raises: RecipeError without classes, DataError for too few rows."""
+    if per_class is None:
+        return rows
+    if class_role(recipe) is None:
+        raise RecipeError(
+            f"#{per_class}-per-class draws rows by their class, and rows of {recipe.spec.what} have none; set "
+            "data.columns.label, or draw NAME#500",
+            key=key,
+        )
+    labels = read_class_labels(recipe, rows, all_names_used=False)
+    try:
+        kept = rows_per_class(labels, per_class, seed=data_seed(recipe))
+    except DataError as error:
+        raise DataError(f"{rows.name}: {error}", key=key) from None
+    return rows.select(kept)
+
+
+def _chosen(recipe: Recipe, rows: Rows, per_class: int | None) -> Rows:
+    """The rows to train on: those that data.exclude leaves, and of these the drawn ones. Raises: DataError, RecipeError."""
     rows = _without_excluded(recipe, rows)
+    if per_class is not None and recipe.data.balance:
+        raise RecipeError("has no effect on rows that are drawn per class; remove it", key="data.balance")
+    if per_class is not None:
+        left_out = rows.left_out
+        return dataclasses.replace(_drawn(recipe, rows, per_class, key="data.train"), left_out=left_out)
     if not recipe.data.balance:
         return rows
     labels = read_class_labels(recipe, rows, all_names_used=False)

@@ -21,18 +21,19 @@ from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.checks import check_room
 from peftlab.assembly.merging import merge_run
 from peftlab.assembly.plan import loop_settings, padded_plan
-from peftlab.assembly.prepare import MakeLoss, Parts, prepare
+from peftlab.assembly.prepare import MakeLoss, Parts, Phase, prepare
 from peftlab.assembly.target import find_target, open_target
 from peftlab.assembly.witness import WITNESS_NAME, Witness, read_witness
 from peftlab.data import Rows, packing_figures
 from peftlab.errors import ArtifactError, Interrupted
-from peftlab.evaluation.loop import evaluate_examples
+from peftlab.evaluation.loop import answer_signatures, evaluate_examples
 from peftlab.measuring.memory import release_memory
 from peftlab.models import save_plain
 from peftlab.ops import plans_in_use
 from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, RUN_NAME, Run, open_run, write_json
-from peftlab.tasks import Generates
+from peftlab.specs.metrics import METRICS
+from peftlab.tasks import Chats, FindsSettings, Generates
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.distill_loss import DistillLoss
 from peftlab.training.loop import LoopResult, TrainingLoop
@@ -80,6 +81,7 @@ class Fit:
         self._resume_hint = resume_hint or resume_command(folder)
         self._summary = parts.summary
         self._noted: set[str] = set()
+        self._found = dict(parts.assembly.found)
 
     def run(self) -> Run:
         """Trains and evaluates, and merges if the recipe asks for it.
@@ -199,18 +201,25 @@ class Fit:
         earlier = open_run(self._folder).summary if self._checkpoint else {}
         summary["before"], summary["samples"] = earlier.get("before"), earlier.get("samples", [])
         if parts.recipe.eval.before and summary["before"] is None:
-            self._progress.stage(f"evaluating the untrained model on {len(parts.held_out.examples):,} held-out rows")
+            self._progress.stage(f"evaluating the untrained model on {parts.held_out.num_rows:,} held-out rows")
             summary["before"] = self._evaluate()
             summary["samples"] = [{"prompt": p, "before": a} for p, a in self._answers()]
             release_memory()
 
-    def _evaluate(self) -> dict[str, float | None]:
+    def _evaluate_meanwhile(self) -> dict[str, float | None]:
+        """The metrics in the middle of training: of texts that the model writes only those that the recipe names."""
+        options = self._parts.recipe.eval
+        skipped = {name for name, spec in METRICS.items() if spec.of_answers and name != options.best}
+        quick = [name for name in self._parts.metrics if options.metrics or name not in skipped]
+        return self._evaluate(quick)
+
+    def _evaluate(self, metrics: list[str] | None = None) -> dict[str, float | None]:
         parts = self._parts
         return evaluate_examples(
             parts.model,
             parts.task,
             parts.held_out,
-            metrics=parts.metrics,
+            metrics=parts.metrics if metrics is None else metrics,
             batch_tokens=parts.recipe.eval.batch_tokens,
             device=self._accelerator.device,
             autocast=self._accelerator.autocast,
@@ -254,12 +263,15 @@ class Fit:
         if result.steps < parts.plan.total_steps and not result.stopped_early:
             summary["training"] = _figures(result)
             return False
+        self._settle()
         self._save_result()  # now, so that a later failure does not lose the training
         progress.stage("evaluating the trained model")
         final = self._evaluate()
         loop.finish(final)
         self._keep_best(result)
         summary["after"] = final if result.best_step in (None, result.steps) else self._evaluate()
+        if signatures := answer_signatures(parts.metrics):
+            summary["signatures"] = signatures
         answers = list(self._answers())
         if not summary["samples"]:
             summary["samples"] = [{"prompt": p} for p, _ in answers]
@@ -290,7 +302,7 @@ class Fit:
             progress=self._progress,
             where=parts.rows.where,
             loss_sum=parts.loss,
-            evaluate=self._evaluate,
+            evaluate=self._evaluate_meanwhile,
             resume_hint=self._resume_hint,
         )
 
@@ -302,7 +314,20 @@ class Fit:
                 f"keeping step {result.best_step}: best {parts.recipe.eval.best} {result.best_value:.4g}"
             )
             load_state(parts.model, best)
+            self._settle()
             self._save_result()
+
+    def _settle(self) -> None:
+        """Finishes the trained model, and keeps the settings that the task finds in it."""
+        parts = self._parts
+        if not parts.assembly.spec.finds_settings:
+            return
+        with self._accelerator.autocast():
+            self._found |= cast(FindsSettings, parts.task).after_training(
+                parts.model, parts.train.examples, batch_tokens=parts.recipe.eval.batch_tokens
+            )
+        if self._found != parts.assembly.found:
+            self._write_lock()
 
     def _save_result(self) -> None:
         """Saves the adapter, or without one the model as a plain transformers folder."""
@@ -332,10 +357,7 @@ class Fit:
             resume_step = int(list_checkpoints(folder / "checkpoints")[-1].name.removeprefix("step-"))
         try:
             if not resumed:
-                fingerprints = self._parts.assembly.fingerprints
-                write_lock(
-                    folder / LOCK_NAME, self._parts.loaded, fingerprints=fingerprints, environment=self._environment()
-                )
+                self._write_lock()
             self._write_status("running", started)
             yield MetricsLog(folder / "metrics.jsonl", resume_step=resume_step)
             if "after" in self._summary:
@@ -353,6 +375,11 @@ class Fit:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
+    def _write_lock(self) -> None:
+        parts = self._parts
+        fingerprints = parts.assembly.fingerprints
+        write_lock(self._folder / LOCK_NAME, parts.loaded, fingerprints=fingerprints, environment=self._environment())
+
     def _environment(self) -> dict[str, Any]:
         parts = self._parts
         name = torch.cuda.get_device_name() if parts.device == "cuda" else "cpu"
@@ -360,8 +387,10 @@ class Fit:
         environment["kernel_plans"] = plans_in_use()
         if parts.task.class_names and parts.assembly.spec.names_classes:
             environment["class_names"] = parts.task.class_names
-        if parts.assembly.spec.generates:
-            environment["style"] = cast(Generates, parts.task).formatter.style
+        if parts.assembly.spec.chats:
+            environment["style"] = cast(Chats, parts.task).formatter.style
+        if self._found:
+            environment["found"] = self._found
         return environment
 
     def _write_status(self, status: str, started: float) -> None:
@@ -451,13 +480,14 @@ def fit(
     progress: Progress,
     *,
     make_loss: MakeLoss | None = None,
+    phase: Phase | None = None,
     checkpoint: Path | None = None,
     replace: bool = False,
     resume_hint: str = "",
 ) -> Run:
     """Prepares a training and runs it. Arguments and errors: see ``prepare`` and ``Fit``."""
     with run_accelerator(assembly, folder) as accelerator:
-        parts = prepare(assembly, accelerator, progress, make_loss=make_loss)
+        parts = prepare(assembly, accelerator, progress, make_loss=make_loss, phase=phase)
         return Fit(
             parts,
             accelerator,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,12 +16,7 @@ from peftlab.specs.methods import METHODS
 def folded(adapted: Any) -> Any:
     """The base model of a ``PeftModel`` with the adapter in its weights. Raises: RecipeError for a method that PEFT cannot merge."""
     method = method_of(adapted.peft_config["default"])
-    for spec in filter(None, map(METHODS.get, (method, *beside(adapted)))):
-        if spec.unmergeable:
-            raise RecipeError(
-                f"{spec.label} cannot be merged: {spec.unmergeable}; use it as an adapter, without merging",
-                key="adapter.method",
-            )
+    check_mergeable((method, *beside(adapted)))
     try:
         return fold(adapted)
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
@@ -29,6 +25,16 @@ def folded(adapted: Any) -> Any:
             f"PEFT cannot merge this {method.upper()} adapter: {reason}; use it as an adapter, without merging",
             key="adapter.method",
         ) from error
+
+
+def check_mergeable(methods: Iterable[str]) -> None:
+    """Raises RecipeError for the first of these methods whose adapters cannot be merged."""
+    for spec in filter(None, map(METHODS.get, methods)):
+        if spec.unmergeable:
+            raise RecipeError(
+                f"{spec.label} cannot be merged: {spec.unmergeable}; use it as an adapter, without merging",
+                key="adapter.method",
+            )
 
 
 def untie_if_adapted(base: Any) -> bool:

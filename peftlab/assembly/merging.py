@@ -15,7 +15,7 @@ from peftlab.adapters import load_adapter
 from peftlab.adapters.merge import DequantizedWeights
 from peftlab.adapters.merge_check import MergeCheck
 from peftlab.assembly.assembly import Assembly
-from peftlab.assembly.folding import folded, is_tied, untie_if_adapted
+from peftlab.assembly.folding import check_mergeable, folded, is_tied, untie_if_adapted
 from peftlab.assembly.target import Target, check_same_model, find_target, open_target
 from peftlab.assembly.witness import Witness, read_witness
 from peftlab.data import require
@@ -26,6 +26,7 @@ from peftlab.models import ImageReader, find_pretrained, load_image_reader, load
 from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, write_json
 from peftlab.tasks import Example, Task
+from peftlab.training.padding_check import check_padding
 from peftlab.training.progress import Progress
 
 TARGETS = ("original", "dequantized")
@@ -59,6 +60,7 @@ def merge_run(
     assembly: see ``open_target``. target: the resolved ``folder``; default: with the recipe of its run.
     """
     target = target or find_target(folder)
+    check_mergeable(target.loaded.recipe.adapter.methods)
     sources = assembly or target.assembly()
     quantized = sources.storage != "none"
     targets = _targets(sources)
@@ -159,7 +161,10 @@ class _Reference:
         return {"rows": len(self.witness.examples), "of_training": self.of_training}
 
     def compare(self, model: Any) -> Agreement:
-        return self.witness.compare(model, self.assembly.task, **_runs(self.assembly))
+        # As at the start of training: a family that reads padding gave the witness row by row.
+        assembly = self.assembly
+        check_padding(model, assembly.task, max_length=assembly.model_limit, device=assembly.device)
+        return self.witness.compare(model, assembly.task, **_runs(assembly))
 
 
 def _runs(assembly: Assembly) -> dict[str, Any]:
@@ -241,8 +246,8 @@ def _save(model: Any, reference: _Reference, written: Path, target: Target) -> N
     save_plain(model, reference.assembly.task.files, written, extra_file=target.lock)
     if target.lock is None:
         assembly = reference.assembly
-        names = {"class_names": assembly.classes} if assembly.spec.names_classes else {}
-        write_lock(written / LOCK_NAME, assembly.loaded, fingerprints=assembly.fingerprints, environment=names)
+        fingerprints, kept = assembly.fingerprints, assembly.kept
+        write_lock(written / LOCK_NAME, assembly.loaded, fingerprints=fingerprints, environment=kept)
 
 
 def _reload(folder: Path, task: Task, device: str) -> Any:

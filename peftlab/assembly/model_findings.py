@@ -15,12 +15,25 @@ from peftlab.adapters import (
     planned_modules,
     planned_parameters,
     reach_notes,
+    try_injection,
 )
 from peftlab.assembly.adapter import mixed_of
 from peftlab.assembly.mixed import check_mixed
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
-from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
+from peftlab.models import (
+    UNLIMITED,
+    decoder_start,
+    end_ids,
+    has_class,
+    length_limit,
+    linear_widths,
+    load_config,
+    misreads_nf4,
+    reads_later_tokens,
+    reconciled_ids,
+    starts_with_last,
+)
 from peftlab.specs.methods import METHODS
 from peftlab.specs.task_spec import TaskSpec
 
@@ -35,7 +48,24 @@ _PADDING = {
 
 def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
     """Raises RecipeError if models of this config cannot do the task with this tokenizer, whatever their weights."""
-    if spec.predicts == "tokens" and spec.generates and reads_later_tokens(config):
+    if spec.predicts == "spans" and getattr(config, "pad_index", tokenizer.pad_token_id) != tokenizer.pad_token_id:
+        raise RecipeError(
+            f"{config.model_type} takes the id {config.pad_index} for padding, also inside a text, and the padding token of the "
+            f"tokenizer is {tokenizer.pad_token_id}; use the model's own tokenizer",
+            key="model.name",
+        )
+    separator = getattr(config, "sep_token_id", None)
+    if spec.predicts == "spans" and config.model_type == "longformer":
+        found = tokenizer("a", "b", verbose=False)["input_ids"].count(separator)
+        if found != 3:
+            raise RecipeError(
+                f"longformer finds the question by three separators (id {separator}) around it and its context, and the "
+                f"tokenizer writes {found}; use the model's own tokenizer",
+                key="model.name",
+            )
+    if spec.reads_source:
+        _check_encoder_decoder(config)
+    elif spec.predicts == "tokens" and spec.generates and reads_later_tokens(config):
         raise RecipeError(
             f"{config.model_type} reads the tokens after the one that it predicts, so it is no causal language model; use a "
             "model for causal language modelling, or set is_decoder to true in its config.json",
@@ -47,7 +77,19 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
             "of another family that reads long texts, such as longformer or big_bird",
             key="model.name",
         )
-    if spec.classifies and getattr(config, "is_encoder_decoder", False):
+    if spec.predicts == "vectors" and getattr(config, "is_encoder_decoder", False):
+        raise RecipeError(
+            f"{config.model_type} is an encoder with a decoder, whose states at the tokens of a text are no vectors of it; use an "
+            "encoder, such as bert, or a causal language model with model.pooling: last",
+            key="model.name",
+        )
+    if not has_class(config, spec.auto_class):
+        raise RecipeError(
+            f"transformers has no {config.model_type} model for task: {spec.name} ({spec.auto_class}); use a model of another "
+            "family",
+            key="model.name",
+        )
+    if spec.reads_whole_rows and getattr(config, "is_encoder_decoder", False):
         eos = tokenizer.eos_token_id
         if eos is None or eos not in tokenizer("a", verbose=False)["input_ids"]:
             raise RecipeError(
@@ -57,10 +99,38 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
             )
 
 
+# Why encoder-decoders of a family cannot be trained on a source and a target.
+_REFUSED = {
+    "prophetnet": "predicts several tokens at each position, and its loss is that of all of them",
+    "xlm-prophetnet": "predicts several tokens at each position, and its loss is that of all of them",
+    "fsmt": "has two vocabularies, and its head is part of its decoder",
+}
+
+
+def _check_encoder_decoder(config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    if kind not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "audio_config"):
+        raise RecipeError(
+            f"{kind} has no decoder that writes a text from another text; use an encoder-decoder such as t5, bart, mbart, "
+            "marian or pegasus, or task: causal_lm with a language model",
+            key="model.name",
+        )
+    if kind in _REFUSED:
+        raise RecipeError(f"{kind} {_REFUSED[kind]}; use another family, such as t5 or bart", key="model.name")
+    if not starts_with_last(config) and decoder_start(config) is None:
+        raise RecipeError(
+            "its config.json has no decoder_start_token_id, the token that stands before each target; set it as the model was "
+            "trained (T5, Marian, Pegasus: the padding token; BART: the end of text)",
+            key="model.name",
+        )
+
+
 def reads_ids(config: Any, spec: TaskSpec) -> bool:
     """Whether a model of this config finds positions by ids in its config: the head of a decoder skips the padding id, and
     an encoder-decoder reads at the end of text."""
-    return spec.reader == "tokenizer" and (spec.classifies or bool(getattr(config, "is_encoder_decoder", False)))
+    return spec.reader == "tokenizer" and (spec.reads_whole_rows or bool(getattr(config, "is_encoder_decoder", False)))
 
 
 def model_findings(assembly: Assembly) -> list[Finding]:
@@ -70,6 +140,17 @@ def model_findings(assembly: Assembly) -> list[Finding]:
     return [*_of_weights(assembly), *texts]
 
 
+def _check_nf4(assembly: Assembly) -> None:
+    """Raises RecipeError if this machine's bitsandbytes would read the quantized weights wrongly."""
+    if assembly.storage != "nf4" or assembly.device != "cpu":
+        return
+    if (width := next((w for w in linear_widths(assembly.skeleton()) if misreads_nf4(w)), None)) is not None:
+        raise RecipeError(
+            f"bitsandbytes reads NF4 weights with {width:,} input features wrongly on a CPU; use model.quantize=int8 or a GPU",
+            key="model.quantize",
+        )
+
+
 def _of_weights(assembly: Assembly) -> Iterator[Finding]:
     if (stored := assembly.stored) != "none":
         yield Finding(
@@ -77,11 +158,20 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
             f"the weights are stored in {stored} by bitsandbytes; they stay so, and a merge writes their dequantized values",
             "model.name",
         )
+    _check_nf4(assembly)
     if not assembly.method.adapts:
         return
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name
     config = check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
     check_mixed(mixed_of(assembly.recipe), assembly)
+    if not (assembly.method.own_options or adapter.tokens or mixed_of(assembly.recipe)):
+        # Which modules of a head are new, and so no targets, is known with the weights; without a type none is a target.
+        places = (
+            assembly.adapter_places
+            | {"modules_to_save": ()}
+            | ({"peft_type": None} if assembly.spec.classifies else {})
+        )
+        try_injection(assembly.skeleton(), method, **places, **assembly.adapter_options)
     if (start := assembly.start) is not None:
         start.check(config, assembly)
         going_on = f"continues the adapter in {start.folder}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from peftlab import ops
 from peftlab.adapters import (
@@ -33,7 +33,7 @@ from peftlab.measuring.memory import release_memory
 from peftlab.models import base_model, new_weights, token_rows
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
 from peftlab.specs.methods import METHODS
-from peftlab.tasks import Encoded, Task
+from peftlab.tasks import Encoded, FindsSettings, Task
 from peftlab.training.distill_loss import DistillLoss
 from peftlab.training.progress import Progress, SilentProgress
 
@@ -43,16 +43,16 @@ _INITIAL_ROWS, _INITIAL_TOKENS = 128, 2048
 
 @dataclass(frozen=True)
 class Phase:
-    """A range of a run's steps, with its own rows.
+    """A range of a run's steps, or all of them, with its own rows.
 
     Attributes:
-        rows: the rows of ``train``. span: the first step, and the one after the last.
+        rows: the rows of ``train``. span: the first step, and the one after the last; None: all steps.
         before: called with the parts right before the first step; None: no call.
     """
 
     rows: Rows
     train: Encoded
-    span: tuple[int, int]
+    span: tuple[int, int] | None = None
     before: Callable[[Parts], None] | None = None
 
 
@@ -137,7 +137,8 @@ def prepare(
     train, held_out = assembly.train if phase is None else phase.train, assembly.held_out
     rows = rows if phase is None else phase.rows
     progress.done()
-    reported = phase is not None and phase.span[0] > 0
+    span = None if phase is None else phase.span
+    reported = span is not None and span[0] > 0
     ledger = report_ledger(
         task,
         train.ledger,
@@ -148,7 +149,6 @@ def prepare(
         of_model=model_findings(assembly),
         num_embeddings=assembly.num_embeddings,
     )
-    span = None if phase is None else phase.span
     plan = make_plan(assembly, train.lengths, packing=limit if recipe.data.packing else None, span=span)
     for key, message in [] if reported else plan_notes(recipe, plan.total_steps):
         progress.note(f"{key}: {message}")
@@ -156,6 +156,10 @@ def prepare(
     progress.stage(f"loading {recipe.model.name} ({storage}) on {device}")
     model, planned, trained = trainable(assembly, assembly.model(), num_steps=plan.total_steps, train=train)
     release_memory()  # quantizing held every weight in full precision
+    if assembly.spec.finds_settings:
+        random = assembly.pretrained.source.kind in ("tiny", "shape")
+        before = assembly.start is not None or not (random or new_weights(model))
+        cast(FindsSettings, task).before_training(model, trained_before=before)
     progress.done()
     progress.note(f"{method_text(recipe)}: {trained}")
     if (checked := getattr(model, "quantized_check", None)) is not None:
@@ -180,8 +184,8 @@ def prepare(
             ) from error
     summary: dict[str, Any] = {
         "adapter": asdict(trained),
-        "train_rows": len(train.examples),
-        "eval_rows": len(held_out.examples),
+        "train_rows": train.num_rows,
+        "eval_rows": held_out.num_rows,
         "full": not assembly.method.adapts,
         "mergeable": assembly.method.adapts
         and not any(METHODS[n].unmergeable for n in assembly.recipe.adapter.methods),

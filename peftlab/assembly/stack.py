@@ -169,7 +169,7 @@ def _plain(assembly: Assembly, base: Pretrained, folder: Path) -> tuple[Any, Any
             _PLAIN | {"model.adapter": None, "adapter": {}, "train.loraplus_lr_ratio": 1.0, "lock": None}
         )
         return _float32(same), same.task.files
-    labels: dict[str, Any] = {"num_labels": count} if other.classifies and (count := _num_labels(folder)) else {}
+    labels: dict[str, Any] = {"num_labels": count} if other.reads_whole_rows and (count := _num_labels(folder)) else {}
     model = load_model(base, auto_class=other.auto_class, device="cpu", dtype="float32", **labels)
     return model, load_tokenizer(base)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from peftlab.errors import ArtifactError, RecipeError
 from peftlab.models import Pretrained
 from peftlab.recipe import LoadedRecipe, load_recipe
 from peftlab.runs import LOCK_NAME
-from peftlab.tasks import Task
+from peftlab.tasks import FindsSettings, Task
 from peftlab.training.padding_check import check_padding
 from peftlab.training.progress import Progress
 
@@ -159,6 +159,8 @@ def open_target(
     if (note := _other_base(target, assembly.pretrained)) is not None:
         progress.note(note)
     task = assembly.task  # before the model, which takes longer
+    if task.spec.finds_settings and target.adapter is not None and (target.adapter / "manifest.json").is_file():
+        cast(FindsSettings, task).of_checkpoint()
     progress.stage(f"loading {recipe.model.name}")
     model = assembly.model(**model_changes)
     if target.adapter is not None:

@@ -22,7 +22,7 @@ from peftlab.assembly.target import Opened
 from peftlab.data import Image, eval_batches
 from peftlab.errors import ArtifactError, VerificationError
 from peftlab.evaluation.agreement import Agreement, Distributions, agreement, as_logits
-from peftlab.specs.task_spec import Predicts
+from peftlab.specs.task_spec import TaskSpec
 from peftlab.tasks import Example, Task
 from peftlab.training.progress import Progress
 
@@ -45,7 +45,7 @@ class Witness:
     @classmethod
     def take(cls, model: Any, task: Task, examples: Sequence[Example], *, batch_tokens: int, device: str) -> Witness:
         """Runs ``model`` on the first of ``examples``; of a language model, at all their positions."""
-        chosen = _few(examples, task.spec.predicts)
+        chosen = _few(examples, task.spec)
         parts = _logits(model, task, chosen, batch_tokens=batch_tokens, device=device)
         by_row = {index: Distributions.of(logits) for index, logits in parts}
         return cls(chosen, Distributions.joined([by_row[i] for i in range(len(chosen))]))
@@ -83,6 +83,8 @@ class Witness:
                 arrays["trained"] = example.trained
             if example.scored != 1:
                 arrays["scored"] = np.array(example.scored)
+            if example.sizes:
+                arrays["sizes"] = np.array(example.sizes)
             if example.image is not None:
                 arrays["image"] = np.frombuffer(_image_bytes(example.image), dtype=np.uint8)
                 arrays["length"] = np.array(example.image.length)
@@ -137,16 +139,17 @@ def _example(stored: dict[str, Tensor], index: int) -> Example:
         image=image,
         extra={n.removeprefix("extra."): v for n, v in own.items() if n.startswith("extra.")},
         scored=int(own.get("scored", 1)),
+        sizes=tuple(own["sizes"].tolist()) if "sizes" in own else (),
     )
 
 
-def _few(examples: Sequence[Example], predicts: Predicts) -> list[Example]:
+def _few(examples: Sequence[Example], spec: TaskSpec) -> list[Example]:
     """The first examples up to the limits, at least one; without their labels. Of a language model with every token's
-    prediction."""
+    prediction, except for a source, of which none is predicted."""
     chosen: list[Example] = []
     positions = tokens = size = 0
     for index, example in enumerate(examples):
-        if example.trained is not None and predicts == "tokens":
+        if example.trained is not None and spec.predicts == "tokens" and not spec.reads_source:
             trained = np.ones(len(example), dtype=bool)
             trained[0] = False  # no token comes before the first
             example = replace(example, trained=trained, weight=float(trained.sum()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from peftlab.recipe.adapter import AdapterSection
 from peftlab.recipe.method_options import settings_for
 from peftlab.specs.methods import VARIANTS, variant_of
 from peftlab.specs.protocol import BATCH, LENGTH
-from peftlab.specs.task_spec import Predicts
-from peftlab.tasks import Example
+from peftlab.tasks import Example, Task
 
 # Rows encoded first, doubled until there are enough tokens: a few thousand tokens need not read a million rows.
 _FIRST_ROWS = 256
@@ -134,8 +134,8 @@ def adapter_settings(base: Mapping[str, Any], method: str, rank: int | None) -> 
 
 
 def write_texts(file: Path, assembly: Assembly, *, num_tokens: int) -> None:
-    """Writes real tokens for all cells: the concatenated ids of training rows, [N], and a label per token: its own, that of
-    its row, or -1. Cells repeat the tokens if there are fewer than ``num_tokens``. Raises: DataError if no rows remain."""
+    """Writes real tokens for all cells: the concatenated ids of training rows, [N]. Cells repeat them if there are fewer than
+    ``num_tokens``. Raises: DataError if no rows remain."""
     rows = assembly.data.train
     taken, examples = _FIRST_ROWS, list[Example]()
     while True:
@@ -146,36 +146,13 @@ def write_texts(file: Path, assembly: Assembly, *, num_tokens: int) -> None:
         taken *= 2
     if not examples:
         raise DataError(f"no rows of {rows.name} remain to measure with", key="data.train")
-    ids = np.concatenate([e.ids for e in examples]).astype(np.int32)
-    labels = np.concatenate([np.broadcast_to(-1 if e.label is None else e.label, len(e)) for e in examples])
-    np.savez(file, ids=ids, labels=labels.astype(np.int32))
+    np.savez(file, ids=np.concatenate([e.ids for e in examples]).astype(np.int32))
 
 
-def text_examples(file: Path, *, rows: int, length: int, predicts: Predicts) -> list[Example]:
-    """Returns ``rows`` examples of exactly ``length`` tokens. A language model predicts every token but the first of a row; a
-    classifier predicts the label of the text in which the row starts, or of each token."""
+def text_examples(file: Path, *, rows: int, length: int, task: Task) -> list[Example]:
+    """Returns ``rows`` examples of ``length`` tokens that the task makes; of several texts per row each is a part of it."""
     with np.load(file) as stored:
-        ids, labels = stored["ids"], stored["labels"]
+        ids = stored["ids"]
     at = np.arange(rows * length).reshape(rows, length) % len(ids)
-    return [_MAKE[predicts](ids[places], labels[places], row) for row, places in enumerate(at)]
-
-
-def _of_tokens(ids: np.ndarray, labels: np.ndarray, row: int) -> Example:
-    trained = np.ones(len(ids), dtype=bool)
-    trained[0] = False
-    return Example(ids, row, float(len(ids) - 1), trained=trained)
-
-
-def _of_token_classes(ids: np.ndarray, labels: np.ndarray, row: int) -> Example:
-    return Example(ids, row, float(len(ids)), trained=np.ones(len(ids), dtype=bool), label=labels.astype(np.int64))
-
-
-def _of_classes(ids: np.ndarray, labels: np.ndarray, row: int) -> Example:
-    return Example(ids, row, 1.0, label=int(labels[0]))
-
-
-_MAKE: dict[str, Callable[[np.ndarray, np.ndarray, int], Example]] = {
-    "tokens": _of_tokens,
-    "token classes": _of_token_classes,
-    "classes": _of_classes,
-}
+    count = len(task.probe(ids[:1])) if task.spec.predicts == "vectors" else 1
+    return [replace(task.probe(ids[places[: max(1, length // count)]]), row=row) for row, places in enumerate(at)]

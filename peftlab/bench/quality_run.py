@@ -21,6 +21,7 @@ from peftlab.bench.job import Timing
 from peftlab.bench.runner import Launch, Tell, launch_worker
 from peftlab.bench.sweep import make_sweep
 from peftlab.errors import Interrupted, RecipeError
+from peftlab.evaluation.metrics import default_metrics
 from peftlab.measuring import journal
 from peftlab.measuring.machine import describe_machine, git_commit, size_of_machine, versions
 from peftlab.measuring.memory import frozen_heap
@@ -123,6 +124,8 @@ def metric_of(assembly: Assembly) -> str:
     spec = assembly.spec
     if assembly.recipe.eval.choices and spec.headline_with_classes:
         return spec.headline_with_classes
+    if spec.predicts == "vectors":  # the headline compares with a teacher
+        return default_metrics(spec, has_choices=False)[0]
     return "loss" if spec.predicts == "tokens" else spec.headline
 
 

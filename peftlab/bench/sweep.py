@@ -160,8 +160,8 @@ def impossible(cell: Cell, facts: Facts) -> str | None:
 
 
 def _no_generation(cell: Cell, facts: Facts) -> str | None:
-    if not TASKS[facts.task].generates:
-        return f"task {facts.task} has nothing to generate"
+    if not TASKS[facts.task].chats:
+        return f"bench generates with causal language models only, and this is task {facts.task}"
     if cell.length + facts.new_tokens > facts.max_length:
         return f"{cell.length} + {facts.new_tokens} new tokens exceed the model's {facts.max_length:,}"
     if cell.adapters == 1:

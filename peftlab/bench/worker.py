@@ -74,8 +74,7 @@ def _prepare(spec: Mapping[str, Any], assembly: Assembly, accelerator: Any) -> J
         examples = assembly.train.examples
         rows = [examples[i % len(examples)] for i in range(count)]
     else:
-        predicts = assembly.spec.predicts
-        rows = text_examples(Path(spec["texts"]), rows=count, length=spec["length"], predicts=predicts)
+        rows = text_examples(Path(spec["texts"]), rows=count, length=spec["length"], task=assembly.task)
     plan = make_plan(assembly, lengths_of(rows))
     model, planned, report = trainable(assembly, assembly.model(), num_steps=spec["steps"] + _STEPS_AFTER)
     spec = {**spec, "num_trained": report.num_trained, "num_total": report.num_total}

@@ -174,7 +174,7 @@ def next_steps(folder: str, summary: Mapping[str, Any]) -> Table:
 
     where = shlex.quote(folder)
     steps = [predict_line(folder, summary), f"peftlab eval {where}"]
-    if TASKS[summary["task"]].generates and "accuracy" not in (summary.get("after") or {}):
+    if TASKS[summary["task"]].chats and "accuracy" not in (summary.get("after") or {}):
         steps.insert(0, f"peftlab chat {where}")
     if not summary.get("merge") and summary.get("mergeable", not summary.get("full")):
         steps.append(f"peftlab merge {where}")

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 from peftlab import formatting
 from peftlab.cli.metrics_tables import new_table
 from peftlab.cli.output import Output
-from peftlab.data.ledger_text import PreviewText, answers_line, finding_line, left_out_lines, shared_line
+from peftlab.data.ledger_text import (
+    PreviewText,
+    answers_line,
+    blocks_text,
+    finding_line,
+    left_out_lines,
+    numbers_text,
+    questions_line,
+    shared_line,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,6 +27,8 @@ _BAR = 24
 # Minimum width of names in a narrow terminal.
 _NAME = 9
 _MAX_LABELS = 12
+# As ``models.UNLIMITED``, which this module cannot import without torch.
+_UNLIMITED = 2**31
 _STYLES = {"error": "bold red", "allowed": "yellow", "note": "yellow"}
 _TITLES = {"train": "train", "held_out": "held out"}
 
@@ -33,7 +44,7 @@ def show_check(out: Output, report: Report) -> None:
     out.line(f"data: {train['name']}, {part if report['split'] else held_out['name']} held out")
     if report["format"]:
         out.line(f"format: {formatting.printable(report['format'])}")
-    for line in [] if distill is None else _distill_lines(distill, report["model"]):
+    for line in [*([] if distill is None else _distill_lines(distill, report["model"])), *report["unlabelled"]]:
         out.line(line)
     _show_findings(out, [f for f in report["findings"] if f["level"] == "error"])
     out.line()
@@ -41,6 +52,13 @@ def show_check(out: Output, report: Report) -> None:
     if train["labels"] is not None:
         out.line()
         out.show(_label_table(train["labels"], held_out["labels"]))
+    if line := questions_line(train):
+        out.line()
+        out.line(f"train: {line}")
+        out.line(f"held out: {questions_line(held_out)}")
+    for name, title in _TITLES.items():
+        if text := numbers_text(report[name]["numbers"]):
+            out.line(f"{title}: {text}")
     if train["trained"] is not None:
         if train["roles"] or held_out["roles"]:
             out.line()
@@ -48,13 +66,16 @@ def show_check(out: Output, report: Report) -> None:
         if train["special_tokens"] or held_out["special_tokens"]:
             out.line()
             out.show(_count_table("special token", "token", train["special_tokens"], held_out["special_tokens"]))
-        out.line()
-        for name, title in _TITLES.items():
-            if line := answers_line(report[name]):
-                out.line(f"{title}: {line}")
+        answers = [f"{title}: {line}" for name, title in _TITLES.items() if (line := answers_line(report[name]))]
+        if answers:
+            out.line()
+        for line in answers:
+            out.line(line)
     if train["tokens"] is not None:
         out.line()
-        out.show(*_length_lines(train["lengths"], train["max_length"], unicode=_draws(out)))
+        for side in train["sides"]:
+            out.line(_side_line(side))
+        out.show(*_length_lines(train, unicode=_draws(out)))
     _show_rows(out, report)
     if report["estimate"] is not None:
         out.line()
@@ -113,7 +134,7 @@ def _data_table(report: Report) -> Table:
         table.add_row(
             title,
             f"{data['rows']:,}",
-            f"{data['kept']:,}",
+            f"{data['kept']:,}{blocks_text(data)}",
             "-" if data["tokens"] is None else f"{data['tokens']:,}",
             "-" if trained is None else f"{trained:,}",
             "-" if trained is None else formatting.share(trained, data["tokens"]),
@@ -145,23 +166,25 @@ def _count_table(title: str, key: str, train: Sequence[Report], held_out: Sequen
 
 
 def _label_table(train: Sequence[Report], held_out: Sequence[Report]) -> Table:
+    """Rows of each label, or spans where a row has several."""
     table = new_table()
     table.add_column("label", overflow="fold", min_width=_NAME)
     for title in ("train", "share", "held out", "share"):
         table.add_column(title, justify="right", no_wrap=True)
-    totals = [sum(entry["rows"] for entry in entries) for entries in (train, held_out)]
-    pairs = sorted(zip(train, held_out, strict=True), key=lambda pair: -pair[0]["rows"])
-    for one, other in pairs[:_MAX_LABELS]:
+    counted = [[entry.get("spans", entry["rows"]) for entry in entries] for entries in (train, held_out)]
+    totals = [sum(counts) for counts in counted]
+    pairs = sorted(zip((entry["label"] for entry in train), *counted, strict=True), key=lambda pair: -pair[1])
+    for label, one, other in pairs[:_MAX_LABELS]:
         table.add_row(
-            formatting.printable(one["label"]),
-            f"{one['rows']:,}",
-            formatting.share(one["rows"], totals[0]),
-            f"{other['rows']:,}",
-            formatting.share(other["rows"], totals[1]),
+            formatting.printable(label),
+            f"{one:,}",
+            formatting.share(one, totals[0]),
+            f"{other:,}",
+            formatting.share(other, totals[1]),
         )
     if len(pairs) > _MAX_LABELS:
         rest = pairs[_MAX_LABELS:]
-        counts = [sum(pair[side]["rows"] for pair in rest) for side in (0, 1)]
+        counts = [sum(pair[side] for pair in rest) for side in (1, 2)]
         table.add_row(
             f"{len(rest):,} more",
             f"{counts[0]:,}",
@@ -172,13 +195,29 @@ def _label_table(train: Sequence[Report], held_out: Sequence[Report]) -> Table:
     return table
 
 
-def _length_lines(lengths: Report, limit: int, *, unicode: bool) -> list[Table | Text]:
+def _side_line(side: Report) -> str:
+    """The lengths of the sources, or of the targets."""
+    name = "target" if side["key"] == "data.max_target_length" else "source"
+    return f"tokens per {name} before truncation ({_limit_text(side['limit'])}): {_range_text(side)}"
+
+
+def _limit_text(limit: int) -> str:
+    return f"limit {limit:,}" if limit < _UNLIMITED else "no limit"
+
+
+def _range_text(lengths: Report) -> str:
+    return (
+        f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,.0f}, 95 % up to {lengths['p95']:,.0f}"
+    )
+
+
+def _length_lines(train: Report, *, unicode: bool) -> list[Table | Text]:
     from rich.text import Text
 
-    summary = (
-        f"tokens per row before truncation (limit {limit:,}): {lengths['min']:,} to {lengths['max']:,}, median "
-        f"{lengths['median']:,.0f}, 95 % up to {lengths['p95']:,.0f}"
-    )
+    lengths, limit = train["lengths"], None if train["sides"] else train["max_length"]
+    cut = "in windows of" if "questions" in train else "before truncation, limit"
+    which = "tokens per row, source and target" if limit is None else f"tokens per row ({cut} {limit:,})"
+    summary = f"{which}: {_range_text(lengths)}"
     table = new_table()
     table.show_header, table.box = False, None
     table.add_column(justify="right", no_wrap=True)
@@ -188,7 +227,7 @@ def _length_lines(lengths: Report, limit: int, *, unicode: bool) -> list[Table |
     for entry in lengths["histogram"]:
         filled = round(_BAR * entry["rows"] / most)
         bar = ("\u2588" if unicode else "#") * (filled or (1 if entry["rows"] else 0))
-        over = entry["from"] > limit
+        over = limit is not None and entry["from"] > limit
         span = f"{entry['from']:,} to {entry['to']:,}" if entry["from"] < entry["to"] else f"{entry['to']:,}"
         table.add_row(span, f"{entry['rows']:,}", Text(bar, "red" if over else "cyan"))
     return [Text(summary), table]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _FIRST = tuple(spec.headline for spec in METRICS.values())
-_PER_CLASS = tuple(name for name, spec in METRICS.items() if spec.averaged)
+_PER_CLASS = tuple(name for name, spec in METRICS.items() if spec.averaged or spec.of_entities)
 _CONFUSION = re.compile(r"confusion_(.+)_as_\1")
 # With more classes only the worst are shown; --json has all.
 _MAX_CLASSES = 20
@@ -42,7 +42,8 @@ def order(metrics: Metrics) -> list[str]:
 def class_names(metrics: Metrics) -> list[str]:
     """The classes that have per-class values."""
     prefixes = tuple(f"{family}_" for family in _PER_CLASS)
-    classes = [n.partition("_")[2] for n in metrics if n.startswith(prefixes) and n not in _FIRST]
+    own = [n for n in metrics if n.startswith(prefixes) and n not in _FIRST]
+    classes = [n.removeprefix(next(prefix for prefix in prefixes if n.startswith(prefix))) for n in own]
     return list(dict.fromkeys(classes))
 
 

@@ -42,6 +42,9 @@ def predict(
     ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    beams: Annotated[
+        int | None, typer.Option("--beams", metavar="N", min=1, help="Width of the beam search (seq2seq).")
+    ] = None,
     replace: Replace = False,
     _json: Json = False,
     _debug: Debug = False,
@@ -61,6 +64,7 @@ def predict(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
+            beams=beams,
             picture=picture,
             columns=file is not None and (destination is not None or out.json),
         )

@@ -222,8 +222,18 @@ def eval_batches(
     return list(_padded_batches(np.argsort(-array, kind="stable"), array, batch_tokens, max_padding))
 
 
+def block_bounds(length: int, size: int, *, overlap: int = 0) -> list[tuple[int, int]]:
+    """``(start, end)`` of the blocks of at most ``size`` tokens that cover a row, each with the last ``overlap`` tokens of the
+    block before it."""
+    starts = range(0, max(length - overlap, 1), size - overlap)
+    return [(start, min(start + size, length)) for start in starts]
+
+
 def fit_lengths(lengths: Indices, *, max_length: int, too_long: str) -> Indices:
-    """[N] tokens to keep of each row: at most ``max_length`` with ``truncate``, otherwise 0 for a longer row."""
+    """[N] tokens to keep of each row: at most ``max_length`` with ``truncate``, all with ``split``, otherwise 0 for a longer
+    row."""
+    if too_long == "split":
+        return lengths.copy()
     if too_long == "truncate":
         return np.minimum(lengths, max_length)
     return np.where(lengths > max_length, 0, lengths)

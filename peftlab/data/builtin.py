@@ -1,5 +1,5 @@
-"""Built-in data sets, available on every machine: ``sklearn:digits``, ``shapes:N``, and ``docstrings:PACKAGE,PACKAGE`` of installed
-packages."""
+"""Built-in data sets: ``sklearn:digits``, ``shapes:N``, and of installed packages ``docstrings:PACKAGE,PACKAGE``, the same
+with ``docstring-sections:``, ``docstring-questions:`` or ``docstring-pairs:``, and ``catalogues:PACKAGE/LANGUAGE``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ import functools
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from peftlab.data.catalogues import catalogue_rows
+from peftlab.data.docstring_pairs import docstring_pairs
+from peftlab.data.docstring_questions import parameter_names, rows_of
 from peftlab.data.rows import Origin, Rows
 from peftlab.data.shapes import draw_shapes
 from peftlab.errors import DataError
 
-DIGITS, DOCSTRINGS, SHAPES = "sklearn:digits", "docstrings:", "shapes:"
+DIGITS, SHAPES, CATALOGUES = "sklearn:digits", "shapes:", "catalogues:"
+DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS = (
+    "docstrings:",
+    "docstring-sections:",
+    "docstring-questions:",
+    "docstring-pairs:",
+)
+_OF_DOCSTRINGS = (DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS)
 _MOST_SHAPES = 100_000
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
@@ -30,6 +40,12 @@ _DOCSTRING = re.compile(
     r'(?:\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)*|:[ \t]*(?:#[^\n]*)?\n[ \t]+)[rRuU]{0,2}"""(.+?)"""', re.DOTALL
 )
 _FEWEST_WORDS = 5
+# The headings of numpydoc, each underlined with dashes.
+_HEADING = re.compile(
+    r"^[ \t]*(Parameters|Returns|Yields|Raises|Examples|Notes|References|See Also|Attributes)[ \t]*\n[ \t]*-{3,}[ \t]*$",
+    re.MULTILINE,
+)
+_HAS_PARAMETERS = "Parameters\n"
 # Other ways to write a package's name than its import name.
 _ALIASES = {
     "datasets": (),
@@ -43,7 +59,7 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", DOCSTRINGS, SHAPES))
+    return name.startswith(("sklearn:", SHAPES, CATALOGUES, *_OF_DOCSTRINGS))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
@@ -53,28 +69,52 @@ def load_builtin(name: str, *, key: str) -> Rows:
     ("0" to "9"). ``docstrings:numpy,scipy``: the first paragraph of each docstring in three double quotes in these
     installed packages (not imported). Texts have five words or more; duplicates are removed, and texts that occur in two
     packages too. Columns ``text`` and ``label`` (the package). PACKAGE replaces the packages' names in the text.
+    ``catalogues:django/de``: the translated strings of all gettext catalogues of a language in an installed package (not
+    imported), each once. Columns ``source``, ``target`` and ``context``; see ``catalogues.read_po``.
+
+    ``docstring-sections:numpy,scipy``: the text of each docstring before its first section, and ``sections``, the list of the
+    sections that follow (those of numpydoc, such as Parameters and Returns); docstrings without sections have an empty list.
+
+    ``docstring-questions:numpy,scipy``: questions about the docstrings with a section Parameters (numpy's format) of up to
+    600 characters, made by rules: the default or the type of a parameter, or an exception. Columns ``id``, ``question``,
+    ``context`` and ``answers`` as in SQuAD 2; about a third of the questions have no answer in their context.
 
     ``shapes:500``: 500 drawn images, see ``draw_shapes``.
 
+    ``docstring-pairs:numpy,scipy``: the first paragraph and the rest of each such docstring, columns ``summary`` and ``body``.
+
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
-    row's content, so a row is on the same side wherever it appears.
+    row's content (of a catalogue, on its source; of a question, on its context), so a row is on the same side wherever it
+    appears.
 
     Raises: DataError at ``key`` for an unknown name or a package that is not installed.
     """
     base, part = name, None
     head, _, tail = name.rpartition(":")
-    if tail in _PARTS and head.rstrip(":") != "docstrings":
+    if tail in _PARTS and f"{head.rstrip(':')}:" not in _OF_DOCSTRINGS:
         base, part = head, tail
     if base == DIGITS:
         rows, contents = _digits(name)
     elif base.startswith(DOCSTRINGS):
-        rows, contents = _docstrings(name, tuple(base.removeprefix(DOCSTRINGS).split(",")), key)
+        rows, contents = _docstrings(name, base.removeprefix(DOCSTRINGS), key, _search)
+    elif base.startswith(SECTIONS):
+        rows, contents = _docstrings(name, base.removeprefix(SECTIONS), key, _search_sections)
+    elif base.startswith(QUESTIONS):
+        rows, contents = _questions(name, tuple(base.removeprefix(QUESTIONS).split(",")), key)
+    elif base.startswith(PAIRS):
+        folders = [_folder(package, key) for package in base.removeprefix(PAIRS).split(",")]
+        rows, contents = docstring_pairs(name, (found for folder in folders for found in _docstrings_in(folder)))
+        if not contents:
+            raise DataError(f"{name!r}: no docstring of two paragraphs in these packages", key=key)
+    elif base.startswith(CATALOGUES):
+        rows, contents = catalogue_rows(name, _catalogues(name, base.removeprefix(CATALOGUES).split(","), key), key)
     elif base.startswith(SHAPES):
         rows, contents = _shapes(name, base.removeprefix(SHAPES), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS}, {SHAPES}500 or {DOCSTRINGS}PACKAGE,PACKAGE, optionally followed by :train "
-            "or :test",
+            f"unknown built-in data {name!r}; expected {DIGITS}, {SHAPES}500, {DOCSTRINGS}PACKAGE,PACKAGE, {SECTIONS}PACKAGE,PACKAGE, "
+            f"{QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
+            "optionally followed by :train or :test",
             key=key,
         )
     if part is None:
@@ -122,8 +162,21 @@ def _shapes(name: str, count: str, key: str) -> tuple[Rows, list[bytes]]:
     return rows, contents
 
 
-def _docstrings(name: str, packages: tuple[str, ...], key: str) -> tuple[Rows, list[bytes]]:
-    rows, contents = _search(tuple((package, _folder(package, key)) for package in packages))
+def _catalogues(name: str, parts: list[str], key: str) -> list[tuple[Path, str]]:
+    """The folder and language of each ``PACKAGE/LANGUAGE``."""
+    places = []
+    for part in parts:
+        package, _, language = part.partition("/")
+        if not re.fullmatch(r"[A-Za-z][\w@.-]*", language):
+            raise DataError(f"{name!r}: expected {CATALOGUES}PACKAGE/LANGUAGE, such as {CATALOGUES}django/de", key=key)
+        places.append((_folder(package, key, what="catalogues"), language))
+    return places
+
+
+def _docstrings(
+    name: str, packages: str, key: str, search: Callable[[tuple[tuple[str, Path], ...]], tuple[Rows, list[bytes]]]
+) -> tuple[Rows, list[bytes]]:
+    rows, contents = search(tuple((package, _folder(package, key)) for package in packages.split(",")))
     if not contents:
         raise DataError(f"{name!r}: no docstring of {_FEWEST_WORDS} words or more in these packages", key=key)
     return dataclasses.replace(rows, name=name), contents
@@ -137,24 +190,86 @@ def _search(folders: tuple[tuple[str, Path], ...]) -> tuple[Rows, list[bytes]]:
     places: dict[str, tuple[str, str, int]] = {}
     elsewhere: set[str] = set()
     for package, folder in folders:
-        for file, line, text in _paragraphs(folder):
+        for file, line, docstring in _docstrings_in(folder):
+            text = " ".join(docstring.split("\n\n")[0].split())
+            if len(text.split()) < _FEWEST_WORDS:
+                continue
             masked = mask(text)
             if places.setdefault(masked, (package, file, line))[0] != package:
                 elsewhere.add(masked)
     texts = [text for text in places if text not in elsewhere]
-    files = {file: i for i, file in enumerate(dict.fromkeys(places[text][1] for text in texts))}
+    return _rows_of(texts, {text: places[text][1:] for text in texts}, "label", [places[text][0] for text in texts])
+
+
+@functools.lru_cache(maxsize=2)
+def _search_sections(folders: tuple[tuple[str, Path], ...]) -> tuple[Rows, list[bytes]]:
+    """The same for ``docstring-sections``."""
+    places: dict[str, tuple[str, int]] = {}
+    sections: dict[str, list[str]] = {}
+    for _, folder in folders:
+        for file, line, docstring in _docstrings_in(folder):
+            headings = list(_HEADING.finditer(docstring))
+            text = " ".join(docstring[: headings[0].start() if headings else None].split())
+            if len(text.split()) >= _FEWEST_WORDS and text not in places:
+                places[text], sections[text] = (file, line), list(dict.fromkeys(h[1] for h in headings))
+    return _rows_of(list(places), places, "sections", list(sections.values()))
+
+
+def _rows_of(
+    texts: list[str], places: Mapping[str, tuple[str, int]], column: str, values: list[Any]
+) -> tuple[Rows, list[bytes]]:
+    """The rows of ``texts``, with the file and line of each, and another column."""
+    files = {file: i for i, file in enumerate(dict.fromkeys(places[text][0] for text in texts))}
+    labels = [value if isinstance(value, str) else ",".join(value) for value in values]
+    content = "\0".join(f"{label}\0{text}" for label, text in zip(labels, texts, strict=True))
     rows = Rows(
         name=DOCSTRINGS,
-        columns={"text": list[Any](texts), "label": [places[text][0] for text in texts]},
-        fingerprint=hashlib.sha256("\0".join(f"{places[t][0]}\0{t}" for t in texts).encode()).hexdigest(),
+        columns={"text": list[Any](texts), column: values},
+        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
         origins=tuple(Origin(file, "line") for file in files),
-        origin_index=np.array([files[places[text][1]] for text in texts]),
-        positions=np.array([places[text][2] for text in texts]),
+        origin_index=np.array([files[places[text][0]] for text in texts], dtype=np.int64),
+        positions=np.array([places[text][1] for text in texts], dtype=np.int64),
     )
     return rows, [text.encode() for text in texts]
 
 
-def _folder(package: str, key: str) -> Path:
+def _questions(name: str, packages: tuple[str, ...], key: str) -> tuple[Rows, list[bytes]]:
+    rows, contents = _ask(tuple(_folder(package, key) for package in packages))
+    if not contents:
+        raise DataError(f"{name!r}: no docstring in numpy's format in these packages", key=key)
+    return dataclasses.replace(rows, name=name), contents
+
+
+@functools.lru_cache(maxsize=4)
+def _ask(folders: tuple[Path, ...]) -> tuple[Rows, list[bytes]]:
+    """Rows in the order of the packages, of their files' paths, and of the lines. A docstring that occurs again is left out."""
+    texts: dict[str, tuple[str, int]] = {}
+    for folder in folders:
+        for file, line, text in _docstrings_in(folder):
+            if _HAS_PARAMETERS in text:
+                texts.setdefault(text, (file, line))
+    named = [parameter_names(text) for text in texts]
+    rows: list[dict[str, Any]] = []
+    places: list[tuple[str, int]] = []
+    for i, (text, place) in enumerate(texts.items()):
+        # Parameters of a docstring nearby: its functions are about similar things.
+        for row in rows_of(text, named[i - 1]):
+            rows.append(row)
+            places.append(place)
+    files = {file: i for i, file in enumerate(dict.fromkeys(file for file, _ in places))}
+    digest = hashlib.sha256("\0".join(f"{row['id']}\0{row['question']}" for row in rows).encode())
+    table = Rows(
+        name=QUESTIONS,
+        columns={name: [row[name] for row in rows] for name in (rows[0] if rows else ())},
+        fingerprint=digest.hexdigest(),
+        origins=tuple(Origin(file, "line") for file in files),
+        origin_index=np.array([files[file] for file, _ in places], dtype=np.int64),
+        positions=np.array([line for _, line in places], dtype=np.int64),
+    )
+    return table, [row["context"].encode() for row in rows]
+
+
+def _folder(package: str, key: str, *, what: str = "docstrings") -> Path:
     try:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
     except (ImportError, ValueError):
@@ -162,24 +277,22 @@ def _folder(package: str, key: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         near = difflib.get_close_matches(package, _ALIASES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        form = f"{DOCSTRINGS}PACKAGE,PACKAGE" if what == "docstrings" else f"{CATALOGUES}PACKAGE/LANGUAGE"
         raise DataError(
-            f"package {package!r} is not installed, so it has no docstrings (expected {DOCSTRINGS}PACKAGE,PACKAGE){hint}",
+            f"package {package!r} is not installed, so it has no {what} (expected {form}){hint}",
             key=key,
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _paragraphs(folder: Path) -> Iterator[tuple[str, int, str]]:
-    """``(file, line, text)`` of each docstring's first paragraph."""
+def _docstrings_in(folder: Path) -> Iterator[tuple[str, int, str]]:
+    """``(file, line, text)`` of each docstring."""
     for file in sorted(folder.rglob("*.py")):
         source = file.read_text(encoding="utf-8", errors="replace")
         line, counted = 1, 0
         for match in _DOCSTRING.finditer(source) if '"""' in source else ():
             line, counted = line + source.count("\n", counted, match.start(1)), match.start(1)
-            first = match[1].replace("\\\n", "\n").strip().split("\n\n")[0]
-            text = " ".join(first.split())
-            if len(text.split()) >= _FEWEST_WORDS:
-                yield str(file), line, text
+            yield str(file), line, match[1].replace("\\\n", "\n").strip()
 
 
 def _masking(packages: tuple[str, ...]) -> Callable[[str], str]:

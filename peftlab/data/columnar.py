@@ -43,26 +43,35 @@ def read_columnar(raw: bytes, path: Path, format_name: str, options: Options) ->
 
 
 def class_names_of(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Column -> class names, from features as ``datasets`` stores them."""
-    return {
-        name: tuple(map(str, feature["names"]))
-        for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
-    }
+    """Column -> class names, from features as ``datasets`` stores them; also of a column of lists of classes."""
+    named_by = {}
+    for name, feature in features.items():
+        while isinstance(feature, list) and len(feature) == 1:  # a list of one feature is a column of lists
+            feature = feature[0]
+        while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
+            named_by[name] = tuple(map(str, feature["names"]))
+    return named_by
 
 
 def named(values: list[Any], names: tuple[str, ...], where: str, key: str) -> list[Any]:
-    """The class name of each number; None for none, which ``datasets`` also writes as -1.
+    """The class name of each number, also in lists; None for none, which ``datasets`` also writes as -1.
 
     Raises: DataError: a number that is no class.
     """
-    for i, value in enumerate(values):
+
+    def name(value: Any, record: int) -> Any:
+        if isinstance(value, list):
+            return [name(inner, record) for inner in value]
         if value is not None and not -1 <= value < len(names):
             raise DataError(
-                f"{where}, record {i + 1}: class number {value}, but the file names {len(names)} classes: {listed(names)}",
+                f"{where}, record {record}: class number {value}, but the file names {len(names)} classes: {listed(names)}",
                 key=key,
             )
-    return [None if value is None or value < 0 else names[value] for value in values]
+        return None if value is None or value < 0 else names[value]
+
+    return [name(value, record) for record, value in enumerate(values, 1)]
 
 
 def _open(raw: bytes, format_name: str) -> Any:

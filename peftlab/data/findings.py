@@ -12,6 +12,7 @@ import numpy as np
 
 from peftlab.data.labels import similar_labels
 from peftlab.data.ledger import Indices, Ledger
+from peftlab.data.question_ledger import QuestionLedger
 from peftlab.errors import DataError, listed
 
 _SHOWN_ROWS = 3
@@ -39,11 +40,41 @@ _NOTES = {
         "train or loss is true on turns that are not the assistant's; they are not trained ({rows})",
         None,
     ),
+    "unaligned": (
+        "the answer begins or ends inside a token ({rows}); the tokens that cover it are trained",
+        "data.columns.answers",
+    ),
+    "ambiguous_answer": (
+        "the answer occurs more than once in the context and the data does not say where; the first place is trained ({rows})",
+        "data.columns.answer_start",
+    ),
     "unmatched_call": ("a tool_call_id names no earlier call ({rows})", None),
     "dropped_reasoning": ("the chat template leaves out the reasoning before the last question ({rows})", None),
     "unused_tools": (
         "the chat template does not write the tools of {rows}, such as {details}: the model would not see them",
         "model.chat_template",
+    ),
+    "widened": (
+        "entities begin or end inside a word, or inside a token of several words; they are widened to all of it ({rows})",
+        "data.columns.spans",
+    ),
+    "shared_word": (
+        "entities have no word or token of their own, because an earlier one has it; they are left out ({rows})",
+        "data.columns.spans",
+    ),
+    "trimmed": ("entities begin or end with white space, which is cut off ({rows})", "data.columns.spans"),
+    "begins_inside": (
+        "entities begin with I-, as in IOB1 or where a B- is missing; they are read as entities ({rows})",
+        "data.columns.tags",
+    ),
+    "no_prefix": (
+        "the tags have no prefix such as B-, so that neighbouring words with one tag are one entity ({rows}); for a tag per "
+        "word, such as a part of speech, name the column data.columns.word_tags",
+        "data.columns.tags",
+    ),
+    "no_token": (
+        "the tokenizer has no token for some words, such as {details}; they are not scored ({rows})",
+        "model.name",
     ),
     "control_as_text": (
         "control tokens in the data are encoded as plain text ({rows}); data.control_tokens=keep encodes them as the tokens",
@@ -89,6 +120,7 @@ def find(ledger: Ledger, *, num_embeddings: int | None = None) -> list[Finding]:
         *_messages(ledger),
         *_row_notes(ledger),
         *_labels(ledger),
+        *(_questions(ledger) if isinstance(ledger, QuestionLedger) else ()),
     ]
     return sorted(findings, key=lambda finding: not finding.error)
 
@@ -116,14 +148,18 @@ def _located(finding: Finding, ledger: Ledger) -> str:
 
 
 def _unfit(ledger: Ledger) -> Iterator[Finding]:
-    refused = next((rows for reason, rows in ledger.left_out.items() if reason.startswith("refused")), None)
+    why, refused = next(((why, rows) for why, rows in ledger.left_out.items() if why.startswith("refused")), ("", None))
     if refused is not None:
+        key, limit, lengths = ledger.limit_of(why)
+        what = "target tokens" if key == "data.max_target_length" else "tokens"
         has = "has" if len(refused) == 1 else "have"
+        ways = "data.too_long=truncate or data.too_long=drop"
+        if ledger.style in ("text", "texts") and not ledger.per_row:
+            ways = "data.too_long=split, which trains all of it in blocks, or truncate or drop"
         yield Finding(
             "too_long",
-            f"{_rows(len(refused))} {has} more tokens than the limit of {ledger.max_length:,} (up to "
-            f"{int(ledger.row_lengths[refused].max()):,}); set data.too_long=truncate or data.too_long=drop, or raise "
-            "data.max_length if the model allows it",
+            f"{_rows(len(refused))} {has} more {what} than the limit of {limit:,} (up to {int(lengths[refused].max()):,}); set "
+            f"{ways}, or raise {key} if the model allows it",
             "data.too_long",
             refused,
             error=True,
@@ -364,7 +400,11 @@ def _labels(ledger: Ledger) -> Iterator[Finding]:
             "data.columns.label",
             clash,
         )
-    counts = {entry["label"]: entry["rows"] for entry in ledger.label_counts() or []}
+    entries = ledger.label_counts() or []
+    cut, spans = (sum(entry.get(name, 0) for entry in entries) for name in ("cut", "spans"))
+    if cut:
+        yield Finding("spans_cut", f"truncation cuts {cut:,} of {spans:,} entities", "data.too_long")
+    counts = {entry["label"]: entry["rows"] for entry in entries}
     absent = [label for label, count in counts.items() if not count]
     if absent:
         yield Finding("absent_label", f"no row with the label {listed(absent)}", "data.columns.label")
@@ -381,6 +421,24 @@ def _labels(ledger: Ledger) -> Iterator[Finding]:
     elif single:
         have = "1 label has" if len(single) == 1 else f"{len(single):,} labels have"
         yield Finding("single_row_label", f"{have} only one row: {listed(single)}", "data.columns.label")
+
+
+def _questions(ledger: QuestionLedger) -> Iterator[Finding]:
+    count, without = ledger.num_labelled, ledger.num_unanswered
+    if count and without == count:
+        yield Finding("no_answers", f"none of the {_rows(count)} has an answer", "data.columns.answers", error=True)
+    elif count and not without and ledger.withholds:
+        yield Finding(
+            "always_answered",
+            "every row has an answer; eval.null_threshold=null makes the model always give one",
+            "eval.null_threshold",
+        )
+    elif without and not ledger.withholds:
+        yield Finding(
+            "never_withheld",
+            f"{_rows(without)} have no answer, but with eval.null_threshold=null the model gives one to every question",
+            "eval.null_threshold",
+        )
 
 
 def _similar(counts: dict[str, int]) -> Iterator[Finding]:

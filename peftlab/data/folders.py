@@ -166,7 +166,8 @@ def _readable(folder: Path, files: list[Path], options: Options) -> list[Path]:
         if any(map(_is_table, readable)):
             readable = [path for path in readable if _is_table(path) or not is_about(path.stem)]
     else:
-        readable = [path for path in files if format_of(path.name) == options.format] or files
+        wanted = "text" if options.format == "document" else options.format
+        readable = [path for path in files if format_of(path.name) == wanted] or files
     if not readable:
         raise DataError(f"the folder {folder} has no file with a known ending: {', '.join(ENDINGS)}", key=options.key)
     return readable

@@ -12,6 +12,7 @@ import numpy as np
 
 from peftlab.data.coco import is_coco, read_coco
 from peftlab.data.rows import IntArray
+from peftlab.data.squad import is_nested, questions_of
 from peftlab.data.table import SPLITS, Options, Table, choose_split
 from peftlab.errors import DataError, listed
 
@@ -55,6 +56,8 @@ def read_json(text: str, path: Path, options: Options, *, lines: bool) -> Table:
             only = {name: values[0] for name, values in table.columns.items()}
             if _names_a_table(only) or not lines:
                 table = _of_document(only, path, options)
+    if is_nested(table.columns):
+        table = questions_of(table, path, options)
     if "\\ud" in text or "\\uD" in text:
         _reject_half_characters(table, path, options)
     return table

@@ -54,7 +54,7 @@ def read_labels(
     raw = rows.column(column, key=key)
     for i, value in enumerate(raw):
         if isinstance(value, (list, dict, bytes)) or (isinstance(value, str) and _is_list(value)):
-            remedy = "; a row has one label here: give it one, or make one recipe per label"
+            remedy = f"; a row has one label here; for several set data.columns={{labels: {column}}} (task: seq_cls)"
             if isinstance(value, dict | bytes):
                 remedy = "; store the label as text" if isinstance(value, bytes) else ""
             raise DataError(
@@ -157,9 +157,9 @@ def _refuse_measurements(labels: Sequence[str], names: Collection[str]) -> None:
     middle = statistics.median(numbers)
     edge = middle if min(numbers) <= middle < max(numbers) else statistics.mean(numbers)
     raise DataError(
-        f"the labels are {len(names):,} different numbers from {min(numbers):g} to {max(numbers):g}: a score, not a class, "
-        "and no task of peftlab is regression; cut them into classes, such as "
-        f"data.bins={{edges: [{edge:g}], names: [low, high]}}",
+        f"the labels are {len(names):,} different numbers from {min(numbers):g} to {max(numbers):g}: a score, not a class; "
+        "to learn the numbers themselves, name the column data.columns={score: COLUMN} (task: seq_cls); or cut them into "
+        f"classes, such as data.bins={{edges: [{edge:g}], names: [low, high]}}",
         key="data.bins",
     )
 

@@ -17,6 +17,8 @@ from peftlab.data.tokens import Tokens
 Indices = npt.NDArray[np.int64]
 
 _MAX_BINS = 8
+# What a row without trained tokens lacks, by style.
+_EMPTY = {"text": "the text is empty", "words": "there is no word in it"}
 
 
 class Ledger:
@@ -27,12 +29,19 @@ class Ledger:
     Args:
         rows: the data set.
         tokenizer: None for rows that are not tokenized.
-        max_length: the maximum length of a row in tokens. too_long: ``error``, ``truncate`` or ``drop``.
+        max_length: the maximum length of a row in tokens. too_long: ``error``, ``truncate``, ``split`` or ``drop``.
         keep_last: a truncated row keeps its last token.
         formatter: how rows became text, for a language model. class_names: for rows with a label.
-        style: labels, images or texts, for rows without a formatter.
+        style: labels, images, texts, words or pairs (a source and a target), for rows without a formatter. words: their tokens
+            are trained.
+        span_labels: the labels that ``add_spans`` counts.
+        trains_tokens: whether tokens are trained; default: for words, pairs and rows with a formatter.
         stop_ids: tokens that can end an answer.
+
+    Attributes: numbers: [N] the number that each row of the data set is to give, for rows with one.
     """
+
+    numbers: npt.NDArray[np.float64] | None = None
 
     def __init__(
         self,
@@ -46,15 +55,19 @@ class Ledger:
         class_names: Sequence[str] | None = None,
         stop_ids: Collection[int] = (),
         style: str = "labels",
+        span_labels: Sequence[str] = (),
+        trains_tokens: bool = False,
     ) -> None:
         self.rows, self.max_length, self.too_long = rows, max_length, too_long
         self.style = formatter.style if formatter else style
+        self._trains_tokens = trains_tokens or formatter is not None or style in ("words", "pairs")
         self.class_names = list(class_names) if class_names else None
         self.tokenizer, self.formatter, self._keep_last = tokenizer, formatter, keep_last
         self.stop_ids = set(stop_ids)
         self._lengths: list[Indices] = []
         self._kept: list[Indices] = []
-        self._num_trained: list[Indices] = []
+        self._example_lengths: list[Indices] = []
+        self._example_trained: list[Indices] = []
         self._max_ids: list[Indices] = []
         self._hashes: list[Indices] = []
         self._prompt_hashes: list[Indices] = []
@@ -67,19 +80,41 @@ class Ledger:
         self._terminators: Counter[int] = Counter()
         self.num_answers = self.num_ended = self.num_masked_eos = 0
         self.num_masked = self.num_masked_tokens = 0
+        self._spans = {name: {"rows": 0, "spans": 0, "cut": 0} for name in span_labels}
         self._marks: dict[str, list[Indices]] = {}
         self._left_out: dict[str, list[Indices]] = {}
         self._writers: dict[str, None] = {}
+        self._sides: dict[str, tuple[int, list[Indices]]] = {}
 
-    def add(self, first: int, tokens: Tokens, kept: Indices, labels: Indices | None = None) -> None:
+    def add(
+        self,
+        first: int,
+        tokens: Tokens,
+        kept: Indices,
+        labels: Indices | None = None,
+        *,
+        long: npt.NDArray[np.bool_] | None = None,
+        limits: Sequence[tuple[str, int, Indices]] | None = None,
+        use: npt.NDArray[np.bool_] | None = None,
+        examples: tuple[Indices, Indices] | None = None,
+    ) -> None:
         """Adds the rows ``first``, ``first + 1``, ...
 
-        Args: kept: [N] tokens of each row that are used; 0: left out. labels: [N] class indices.
+        Args:
+            kept: [N] tokens of each row that are used; 0: left out.
+            labels: [N] class indices, or [N, C] 0 and 1 for rows with any number of labels.
+            use: [T] bool, the tokens that are used; default: the first ones of each row, see ``keep_last``.
+            long: [N] whether a row is longer than the limit; default: its tokens are.
+            limits: of rows with several texts, whose ``tokens`` are cut already: the key of each limit, the limit, and [N] tokens
+                of that text before it.
+            examples: tokens and trained tokens of each example that the rows become; default: one example per kept row.
         """
         lengths, in_row = tokens.lengths, first + np.arange(len(tokens), dtype=np.int64)
         self._lengths.append(lengths.astype(np.int32))
         self._kept.append(kept.astype(np.int32))
-        self._num_trained.append(tokens.num_trained(kept).astype(np.int32))
+        if examples is None:
+            examples = kept[kept > 0], tokens.num_trained(kept)[kept > 0]
+        self._add_examples(*examples)
         highest = np.full(len(tokens), -1, dtype=np.int64)
         if len(tokens.ids):
             highest[lengths > 0] = np.maximum.reduceat(tokens.ids, tokens.bounds[:-1][lengths > 0])
@@ -95,8 +130,11 @@ class Ledger:
             self._prompt_hashes.append(
                 np.array([hash(raw[a:b]) for a, b in zip(at, ends, strict=False)], dtype=np.int64)
             )
-        self._leave_out(tokens, kept, lengths, in_row)
-        self._count(tokens, kept, lengths)
+        for key, limit, whole in limits or ():
+            self._sides.setdefault(key, (limit, []))[1].append(whole.astype(np.int32))
+        whole = lengths if long is None else np.where(long, self.max_length + 1, 0)
+        self._leave_out(tokens, kept, limits or [("data.max_length", self.max_length, whole)], in_row)
+        self._count(tokens, kept, lengths, use)
         self._read_answers(tokens, kept, first)
         bos = self.tokenizer.bos_token_id
         twice = np.flatnonzero(lengths > 1)
@@ -124,26 +162,48 @@ class Ledger:
         """
         self._lengths.append(lengths.astype(np.int32))
         self._kept.append(lengths.astype(np.int32))
-        self._num_trained.append(np.zeros(len(lengths), dtype=np.int32))
+        self._add_examples(lengths[lengths > 0], np.zeros(int((lengths > 0).sum()), dtype=np.int64))
         self._hashes.append(hashes)
         if labels is not None:
             self._labels.append(labels.astype(np.int32))
             self._prompt_hashes.append(hashes)
 
-    def _leave_out(self, tokens: Tokens, kept: Indices, lengths: Indices, in_row: Indices) -> None:
-        long = lengths > self.max_length
+    def add_spans(self, labels: Sequence[str], cut: Sequence[str] = ()) -> None:
+        """Adds the labels of a kept row's spans (entities, or words with a tag). Args: cut: of those that truncation shortens
+        or removes."""
+        for name in set(labels):
+            self._spans[name]["rows"] += 1
+        for what, names in (("spans", labels), ("cut", cut)):
+            for name in names:
+                self._spans[name][what] += 1
+
+    def _add_examples(self, lengths: Indices, trained: Indices) -> None:
+        self._example_lengths.append(lengths.astype(np.int32))
+        self._example_trained.append(trained.astype(np.int32))
+
+    def _leave_out(
+        self, tokens: Tokens, kept: Indices, limits: Sequence[tuple[str, int, Indices]], in_row: Indices
+    ) -> None:
+        lengths = tokens.lengths
+        over: dict[str, npt.NDArray[np.bool_]] = {}
+        for key, limit, whole in limits:
+            beyond, name = whole > limit, f"longer than {key} ({limit:,} tokens)"
+            over |= {
+                f"truncated: {name}": beyond & (kept > 0) & (self.too_long != "split"),
+                f"split into blocks: {name}": beyond & (kept > 0) & (self.too_long == "split"),
+                f"dropped: {name}": beyond & (self.too_long == "drop"),
+                f"refused: {name}": beyond & (self.too_long == "error"),
+            }
+        long = np.any([whole > limit for _, limit, whole in limits], axis=0)
         trained = tokens.num_trained(lengths) > 0
         answers = np.bincount(tokens.answer_rows, minlength=len(tokens)) > 0
         untrained = np.bincount(np.array([row for row, _ in tokens.masked], dtype=np.int64), minlength=len(tokens)) > 0
-        masked = (kept == 0) & ~(long & (self.too_long != "truncate"))
-        limit = f"longer than data.max_length ({self.max_length:,} tokens)"
+        masked = (kept == 0) & ~(long & (self.too_long not in ("truncate", "split")))
         for reason, chosen in {
-            f"truncated: {limit}": long & (kept > 0),
-            f"dropped: {limit}": long & (self.too_long == "drop"),
-            f"refused: {limit}": long & (self.too_long == "error"),
+            **over,
             "dropped: no assistant turn in it": masked & ~answers & ~untrained & (self.style == "chat"),
             "dropped: the data masks all assistant turns in it": masked & ~answers & untrained,
-            f"dropped: the {'text' if self.style == 'text' else 'answer'} is empty": masked
+            f"dropped: {_EMPTY.get(self.style, 'the answer is empty')}": masked
             & ~trained
             & (answers | (self.style != "chat")),
             f"dropped: truncation leaves no {'whole choice' if self.class_names else 'trained token'}": masked
@@ -152,10 +212,12 @@ class Ledger:
             if chosen.any():
                 self._left_out.setdefault(reason, []).append(in_row[chosen])
 
-    def _count(self, tokens: Tokens, kept: Indices, lengths: Indices) -> None:
+    def _count(
+        self, tokens: Tokens, kept: Indices, lengths: Indices, chosen: npt.NDArray[np.bool_] | None = None
+    ) -> None:
         position = np.arange(len(tokens.ids)) - np.repeat(tokens.bounds[:-1], lengths)
-        use = position < np.repeat(kept, lengths)
-        if self._keep_last:
+        use = position < np.repeat(kept, lengths) if chosen is None else chosen
+        if self._keep_last and chosen is None:
             cut = np.flatnonzero((kept > 0) & (kept < lengths))
             use[tokens.bounds[:-1][cut] + kept[cut] - 1] = False
             use[tokens.bounds[1:][cut] - 1] = True
@@ -221,7 +283,15 @@ class Ledger:
     @property
     def per_row(self) -> bool:
         """Whether a row has one answer, such as a label, instead of trained tokens."""
-        return self.formatter is None
+        return not self._trains_tokens
+
+    def limit_of(self, reason: str) -> tuple[str, int, Indices]:
+        """The key of the limit in a reason of ``left_out``, the limit, and [number of rows] lengths before truncation."""
+        key = next((key for key in self._sides if f"{key} (" in reason), None)
+        if key is None:
+            return "data.max_length", self.max_length, self.row_lengths
+        limit, lengths = self._sides[key]
+        return key, limit, _joined(lengths)
 
     @property
     def left_out(self) -> dict[str, Indices]:
@@ -235,14 +305,13 @@ class Ledger:
 
     @property
     def lengths(self) -> Indices:
-        """[N] tokens of each kept row, in order, as ``Encoded.lengths``."""
-        kept = _joined(self._kept)
-        return kept[kept > 0]
+        """[N] tokens of each example, in order, as ``Encoded.lengths``."""
+        return _joined(self._example_lengths)
 
     @property
     def trained(self) -> Indices:
-        """[N] trained tokens of each kept row, in order."""
-        return _joined(self._num_trained)[self.kept_rows]
+        """[N] trained tokens of each example, in order."""
+        return _joined(self._example_trained)
 
     @property
     def kept_rows(self) -> Indices:
@@ -281,6 +350,8 @@ class Ledger:
         if not self._labels or not len(rows):
             return np.zeros(0, dtype=np.int64)
         labels = _joined(self._labels)[rows]
+        if labels.ndim > 1:  # a set of labels counts as one
+            labels = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
         _, text = np.unique(_joined(self._prompt_hashes)[rows], return_inverse=True)
         low = np.full(text.max() + 1, 2**31, dtype=np.int64)
         high = np.full(len(low), -1, dtype=np.int64)
@@ -308,7 +379,8 @@ class Ledger:
             "name": self.rows.name,
             "style": self.style,
             "rows": len(lengths) + sum(map(len, self.rows.left_out.values())),
-            "kept": len(self.lengths),
+            "kept": len(self.kept_rows),
+            "blocks": len(self.lengths) if self.too_long == "split" else None,
             "tokens": None if self.tokenizer is None else self.num_tokens,
             "trained": None if self.per_row else self.num_trained,
             "max_length": self.max_length,
@@ -325,15 +397,12 @@ class Ledger:
                 "terminators": {self.tokenizer.convert_ids_to_tokens(i): n for i, n in self._terminators.most_common()},
             },
             "masked": {"turns": self.num_masked, "tokens": self.num_masked_tokens},
-            "lengths": {
-                "min": int(lengths.min(initial=2**31)) if len(lengths) else 0,
-                "median": float(np.median(lengths)) if len(lengths) else 0.0,
-                "mean": float(lengths.mean()) if len(lengths) else 0.0,
-                "p95": float(np.percentile(lengths, 95)) if len(lengths) else 0.0,
-                "max": int(lengths.max(initial=0)),
-                "histogram": _histogram(lengths),
-            },
+            "lengths": {**_figures(lengths), "histogram": _histogram(lengths)},
+            "sides": [
+                {"key": key, "limit": limit, **_figures(_joined(parts))} for key, (limit, parts) in self._sides.items()
+            ],
             "labels": self.label_counts(),
+            "numbers": self._number_figures(),
             "left_out": [
                 *(
                     {"reason": f"dropped: {reason}", "rows": len(places), "where": list(places[:most_places])}
@@ -348,6 +417,17 @@ class Ledger:
                     for reason, rows in self.left_out.items()
                 ),
             ],
+        }
+
+    def _number_figures(self) -> dict[str, float] | None:
+        """Of the kept rows."""
+        if self.numbers is None or not len(kept := self.numbers[self.kept_rows]):
+            return None
+        return {
+            "min": float(kept.min()),
+            "mean": float(kept.mean()),
+            "max": float(kept.max()),
+            "std": float(kept.std()),
         }
 
     def _special_rows(self) -> list[dict[str, Any]]:
@@ -368,13 +448,16 @@ class Ledger:
 
     @property
     def has_labels(self) -> bool:
-        return bool(self._labels)
+        return bool(self._labels or self._spans) or self.numbers is not None
 
     def label_counts(self) -> list[dict[str, Any]] | None:
-        """The number of kept rows of each class; None without classes."""
-        if not self.has_labels or self.class_names is None:
+        """The number of kept rows of each class; None without classes. Of ``add_spans`` also the number of spans."""
+        if self._spans:
+            return [{"label": name, **counts} for name, counts in self._spans.items()]
+        if not self._labels or self.class_names is None:
             return None
-        counts = np.bincount(_joined(self._labels)[_joined(self._kept) > 0], minlength=len(self.class_names)).tolist()
+        labels = _joined(self._labels)[_joined(self._kept) > 0]
+        counts = (labels.sum(0) if labels.ndim > 1 else np.bincount(labels, minlength=len(self.class_names))).tolist()
         return [{"label": name, "rows": count} for name, count in zip(self.class_names, counts, strict=True)]
 
 
@@ -396,6 +479,17 @@ def _first(mask: npt.NDArray[np.bool_]) -> int:
 
 def _joined(parts: Sequence[Indices]) -> Indices:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _figures(lengths: Indices) -> dict[str, float]:
+    some = len(lengths) > 0
+    return {
+        "min": int(lengths.min()) if some else 0,
+        "median": float(np.median(lengths)) if some else 0.0,
+        "mean": float(lengths.mean()) if some else 0.0,
+        "p95": float(np.percentile(lengths, 95)) if some else 0.0,
+        "max": int(lengths.max(initial=0)),
+    }
 
 
 def _histogram(lengths: Indices) -> list[dict[str, int]]:

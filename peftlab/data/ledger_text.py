@@ -36,7 +36,7 @@ def _file_and_row(place: str) -> tuple[str, str, str]:
 def answers_line(report: Mapping[str, Any]) -> str:
     """A sentence on how the answers of a data set end; empty if there are none."""
     answers, count = report["answers"], report["answers"]["count"]
-    what = {"chat": "assistant turn", "text": "text"}.get(report["style"], "answer")
+    what = {"chat": "assistant turn", "text": "text", "pairs": "target"}.get(report["style"], "answer")
     if not count:
         return ""
     ends = " or ".join(printable(token) for token in answers["terminators"]) or "end-of-turn token"
@@ -50,12 +50,31 @@ def answers_line(report: Mapping[str, Any]) -> str:
     return f"{answers['ended']:,} of {count:,} {what}s end with a trained {ends}{cut}"
 
 
+def questions_line(report: Mapping[str, Any]) -> str:
+    """A sentence on the windows of a data set of questions and on its answers; empty for other data."""
+    found = report.get("questions")
+    if found is None:
+        return ""
+    windows = f"{found['windows']:,} window{'' if found['windows'] == 1 else 's'} of up to {found['window']:,} tokens"
+    several = f" ({found['rows_of_several_windows']:,} rows have several)" if found["rows_of_several_windows"] else ""
+    if not found["rows_labelled"]:
+        return f"{windows}{several}"
+    without = f"{found['rows_without_answer']:,} of {found['rows_labelled']:,} rows have no answer"
+    inside = f"; in {found['rows_not_aligned']:,} it begins or ends inside a token" if found["rows_not_aligned"] else ""
+    return f"{windows}{several}, {found['windows_with_answer']:,} with the answer; {without}{inside}"
+
+
 def left_out_lines(report: Mapping[str, Any]) -> list[str]:
     """One line per reason why rows were changed or left out."""
     return [
         f"{entry['rows']:,} row{'' if entry['rows'] == 1 else 's'} {entry['reason']}: {places(entry['where'])}"
         for entry in report["left_out"]
     ]
+
+
+def blocks_text(report: Mapping[str, Any]) -> str:
+    """`` in 1,234 blocks`` for rows that are split; else nothing."""
+    return "" if report["blocks"] is None else f" in {report['blocks']:,} blocks"
 
 
 def finding_line(finding: Mapping[str, Any]) -> str:
@@ -74,18 +93,28 @@ def shared_line(shared: Sequence[Mapping[str, str]]) -> str:
 
 
 def _label_counts(entries: Sequence[Mapping[str, Any]]) -> str:
-    shown = ", ".join(f"{entry['label']} {entry['rows']:,}" for entry in entries[:_MOST_LABELS])
+    shown = ", ".join(f"{entry['label']} {entry.get('spans', entry['rows']):,}" for entry in entries[:_MOST_LABELS])
     more = len(entries) - _MOST_LABELS
     return f"{shown} and {more:,} more" if more > 0 else shown
+
+
+def numbers_text(figures: Mapping[str, float] | None) -> str:
+    """``numbers: 1 to 5, mean 3.2``; empty without any."""
+    if figures is None:
+        return ""
+    return f"numbers: {figures['min']:.4g} to {figures['max']:.4g}, mean {figures['mean']:.4g}, deviation {figures['std']:.4g}"
 
 
 def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list[str]:
     """The lines that ``train`` prints about a data set; with ``counts`` also figures per role and special token."""
     rows = f"{report['kept']:,} rows" + (f" of {report['rows']:,}" if report["kept"] < report["rows"] else "")
+    rows += blocks_text(report)
     if report["trained"] is None:
         tokens = "" if report["tokens"] is None else f", {report['tokens']:,} tokens"
         labels = _label_counts(report["labels"] or [])
-        lines = [f"{name}: {rows}{tokens}; " + (f"labels: {labels}" if labels else "without labels")]
+        known = f"labels: {labels}" if labels else numbers_text(report["numbers"])
+        about = questions_line(report) or known or "without labels"
+        lines = [f"{name}: {rows}{tokens}; {about}"]
     else:
         trained = f"{report['trained']:,} trained ({share(report['trained'], report['tokens'])})"
         lines = [f"{name}: {rows}, {report['tokens']:,} tokens, {trained}"]
@@ -95,6 +124,8 @@ def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list
             counted = ", ".join(f"{title} {e['trained']:,} of {e['seen']:,}" for title, e in entries)
             lines += [f"  trained {what}: {counted}"] if counted and counts else []
         lines += [f"  {line}" for line in [answers_line(report)] if line]
+        spans = [entry for entry in report["labels"] or () if "spans" in entry]
+        lines += [f"  labels: {_label_counts(spans)}"] if spans else []
     return [*lines, *(f"  {line}" for line in left_out_lines(report))]
 
 
@@ -125,6 +156,8 @@ class PreviewText:
         body.rstrip()
         if preview["cut"]:
             body.append(f" ... {preview['cut']:,} tokens cut off", "yellow")
+        if follows := preview.get("follows", 0):
+            body.append(f" ... {follows:,} tokens in further blocks", "yellow")
         yield Padding(body, (0, 0, 0, 2), expand=False)
 
     def _body(self, coloured: bool, classified: bool) -> Text:

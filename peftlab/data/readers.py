@@ -16,7 +16,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from peftlab.data.catalogues import read_po
 from peftlab.data.columnar import read_columnar
+from peftlab.data.conll import looks_like_conll, read_conll
 from peftlab.data.delimited import delimiter_of_a_table, read_csv, read_tsv
 from peftlab.data.encodings import codec_name, decode, may_be_odd
 from peftlab.data.json_tables import looks_like_json, read_json
@@ -34,12 +36,19 @@ ENDINGS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    ".conll": "conll",
+    ".conllu": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
     ".txt": "text",
     ".text": "text",
     ".md": "text",
     ".py": "text",
+    ".po": "po",
+    ".pot": "po",
 }
-FORMATS = ("csv", "tsv", "json", "jsonl", "text", "parquet", "arrow")
+FORMATS = ("csv", "tsv", "json", "jsonl", "text", "document", "conll", "po", "parquet", "arrow")
 _ZIP = b"PK\x03\x04"
 _PACKED = (".gz", ".bz2", ".xz", ".zip")
 _COLUMNAR = {b"PAR1": "parquet", b"ARROW1": "arrow", b"FEA1": "arrow", b"\xff\xff\xff\xff": "arrow"}
@@ -52,6 +61,8 @@ _OTHER_FILES = {
     b"\x80\x04": "a pickle, which can run code when it is loaded; save the table as parquet or csv",
     b"\x80\x05": "a pickle, which can run code when it is loaded; save the table as parquet or csv",
     b"\x93NUMPY": "a numpy array; save the table as parquet or csv",
+    b"\xde\x12\x04\x95": "a compiled gettext catalogue; name the .po file that it was made from",
+    b"\x95\x04\x12\xde": "a compiled gettext catalogue; name the .po file that it was made from",
     b"version https://git-lfs": "a pointer of Git LFS and not the file itself; fetch it with git lfs pull",
 }
 _WEB_PAGE = (b"<!doctype html", b"<html")
@@ -144,14 +155,20 @@ def _format_of_text(text: str, path: Path, name: str, options: Options) -> str:
             return "csv"
         if looks_like_json(text):
             return "jsonl"
+        if looks_like_conll(text):
+            return "conll"
         first = text.lstrip("\n").split("\n", 1)[0]
         return "csv" if named == "tsv" and "\t" not in first and delimiter_of_a_table(text) else named
     if named in ("json", "jsonl"):
         starts = text.lstrip()[:1]
         return "csv" if starts not in ("", "{", "[") and delimiter_of_a_table(text) else named
+    if named == "conll":
+        return "jsonl" if looks_like_json(text) else named
     if named is None or suffix in _PLAIN_ENDINGS:
         if looks_like_json(text):
             return "jsonl"
+        if options.delimiter is None and looks_like_conll(text):
+            return "conll"
         if options.delimiter is not None or delimiter_of_a_table(text):
             return "csv"
     if named is None:
@@ -250,10 +267,21 @@ def _read_text(text: str, path: Path, options: Options) -> Table:
     return Table({"text": ["\n".join(block) for block in paragraphs]}, np.array(lines, dtype=np.int64), "line")
 
 
+def _read_document(text: str, path: Path, options: Options) -> Table:
+    """The whole file as one row, in the column ``text``; an empty file is a row without text, see data.empty."""
+    lines = text.split("\n")
+    start = next((i for i, line in enumerate(lines) if line.strip()), 0)
+    body = "\n".join(line.removesuffix("\r") for line in lines[start:]).rstrip()
+    return Table({"text": [body]}, np.array([start + 1], dtype=np.int64), "line")
+
+
 _TEXT_READERS: dict[str, Callable[[str, Path, Options], Table]] = {
     "csv": read_csv,
     "tsv": read_tsv,
     "json": lambda text, path, options: read_json(text, path, options, lines=False),
     "jsonl": lambda text, path, options: read_json(text, path, options, lines=True),
     "text": _read_text,
+    "conll": read_conll,
+    "po": read_po,
+    "document": _read_document,
 }

@@ -24,6 +24,7 @@ from peftlab.errors import DataError, listed
 from peftlab.paths import PACKAGE_PREFIX, package_path
 
 _SPLIT = re.compile(r"[^:\[\]#]+")
+_PER_CLASS = re.compile(r"([1-9][0-9]{0,17})-per-class")
 
 
 def load_rows(
@@ -56,18 +57,20 @@ def load_rows(
     ``FILE:SPLIT`` reads one of several tables in a file or folder: a list in a JSON object, a saved split, files or
     folders named after splits, a file in a zip. Without it, ``default_split`` is read, and a note says so.
 
-    The suffix ``#500`` draws 500 rows with ``seed`` and keeps their order. An existing file or folder of exactly this
+    The suffix ``#500`` draws 500 rows with ``seed`` and keeps their order; who knows the classes draws ``#8-per-class``, see
+    ``split_per_class``. An existing file or folder of exactly this
     name always wins.
 
     The content determines the format; the ending decides only where the content allows several. csv (quotes, RFC 4180)
     and tsv (no quotes) need a header or ``column_names``; their values are text. json and jsonl: an array of objects,
     one object per line, objects one after the other, one list per column, or an object with one of these in it. A
     missing key is None. text: one row per paragraph (a block of lines between blank lines), not per file or line, in
-    the column ``text``. Numbers of a class column whose names the file carries become these names.
+    the column ``text``. document: one row per file. conll: see ``read_conll``. Numbers of a class column whose names the file
+    carries become these names.
 
     Args:
         key: the recipe key that holds ``name``, for the errors.
-        format: csv, tsv, json, jsonl, parquet, arrow or text; ``auto``: by content.
+        format: csv, tsv, json, jsonl, parquet, arrow, text, document, conll or po (gettext catalogues); ``auto``: by content.
         encoding: encoding of text files; a byte order mark is removed, and decides if it names another one.
         column_names: for csv and tsv files without a header, whose first line is data.
         delimiter: field separator of csv files; None: found from the file.
@@ -105,6 +108,13 @@ def load_rows(
         raise DataError(f"{name!r} asks for {num_sampled} rows, but there are only {len(rows)}", key=key)
     chosen = np.random.default_rng(seed).choice(len(rows), size=num_sampled, replace=False)
     return rows.select(np.sort(chosen))
+
+
+def split_per_class(name: str, *, key: str) -> tuple[str, int | None]:
+    """``NAME#8-per-class`` -> (NAME, 8); any other name, or that of an existing file -> (name, None)."""
+    base, _, count = name.rpartition("#")
+    match = _PER_CLASS.fullmatch(count) if base and not _exists(name, key) else None
+    return (name, None) if match is None else (base, int(match[1]))
 
 
 def _local_split(base: str, key: str) -> tuple[Path, str | None] | None:
@@ -146,10 +156,14 @@ def _split_sample_size(name: str, key: str) -> tuple[str, int | None]:
     if "#" not in name or _exists(name, key):
         return name, None
     base, _, count = name.rpartition("#")
+    if base and _PER_CLASS.fullmatch(count):
+        raise DataError(
+            f"{name!r}: rows here have no class, so there is nothing to draw per class; use NAME#500", key=key
+        )
     if not base or not re.fullmatch(r"[1-9][0-9]{0,17}", count):
         raise DataError(
-            f"{name!r}: expected a number of rows to sample after '#', 1 or more, as in NAME#500; found {count!r} "
-            "(and no file has this whole name)",
+            f"{name!r}: expected a number of rows to sample after '#', 1 or more, as in NAME#500 or, of each class, "
+            f"NAME#8-per-class; found {count!r} (and no file has this whole name)",
             key=key,
         )
     return base, int(count)

@@ -48,6 +48,31 @@ def split_rows(
     return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
 
 
+def split_groups(
+    rows: Rows, groups: Sequence[str], *, fraction: float = 0.1, num_rows: int | None = None, seed: int = 0
+) -> tuple[IntArray, IntArray]:
+    """As ``split_rows``, but rows of one group are in the same part: at most as many rows are held out as there.
+
+    Args: groups: [N] the group of each row. Raises: DataError: also if there is one group only.
+    """
+    num_eval = _num_eval(rows, fraction, num_rows)
+    members = _members(groups)
+    if len(members) < 2:
+        raise DataError(
+            f"all rows of {rows.name} belong together ({groups[0][:40]!r}), so none can be held out; set data.eval",
+            key="data.eval_fraction",
+        )
+    order = np.random.default_rng(seed).permutation(len(members))
+    held_out, count = list[IntArray](), 0
+    for group in (members[i] for i in order):
+        if not held_out or count + len(group) <= num_eval:
+            held_out.append(group)
+            count += len(group)
+    is_eval = np.zeros(len(rows), dtype=bool)
+    is_eval[np.concatenate(held_out[: len(members) - 1])] = True
+    return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
+
+
 def balanced_rows(labels: Sequence[str], *, shares: Mapping[str, float] | None = None, seed: int = 0) -> IntArray:
     """Ascending indices of rows of which each class has its share, as many as there are; the same arguments draw the same.
 
@@ -59,6 +84,20 @@ def balanced_rows(labels: Sequence[str], *, shares: Mapping[str, float] | None =
     rng = np.random.default_rng(seed)
     counts = [max(1, round(whole * part)) for part in parts]
     return np.sort(np.concatenate([rng.permutation(rows)[:n] for rows, n in zip(members, counts, strict=True)]))
+
+
+def rows_per_class(labels: Sequence[str], count: int, *, seed: int = 0) -> IntArray:
+    """Ascending indices of ``count`` rows of each class; the same arguments draw the same. Args: labels: [N] their classes.
+
+    Raises: DataError if a class has fewer.
+    """
+    members, names = _members(labels), sorted(set(labels))
+    few = {name: len(rows) for name, rows in zip(names, members, strict=True) if len(rows) < count}
+    if few:
+        found = ", ".join(f"{rows:,} of {name!r}" for name, rows in list(few.items())[:8])
+        raise DataError(f"expected {count:,} training rows of each class, found {found}; draw fewer")
+    rng = np.random.default_rng(seed)
+    return np.sort(np.concatenate([rng.permutation(rows)[:count] for rows in members]))
 
 
 def _members(labels: Sequence[str]) -> list[IntArray]:

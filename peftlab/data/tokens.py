@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,16 @@ import numpy.typing as npt
 from peftlab.data.chat_template import Rendered
 from peftlab.data.control_tokens import ControlTokens
 from peftlab.data.rows import Rows
+
+
+class HasText(Protocol):
+    """A row that has become text."""
+
+    @property
+    def text(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=HasText)
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,32 @@ class Tokens:
     masked: tuple[tuple[int, int], ...] = ()
     notes: tuple[tuple[int, str], ...] = ()
 
+    @classmethod
+    def untrained(
+        cls,
+        ids: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int64],
+        roles: npt.NDArray[np.int16],
+        role_names: tuple[str, ...],
+        notes: tuple[tuple[int, str], ...] = (),
+    ) -> Tokens:
+        """Rows of [N] ``lengths`` without answers, for tasks whose answers are no tokens."""
+        none = np.zeros(0, dtype=np.int64)
+        return cls(
+            ids,
+            np.concatenate([[0], np.cumsum(lengths)]),
+            np.zeros(len(ids), dtype=bool),
+            roles,
+            role_names,
+            answer_rows=none,
+            answer_starts=none,
+            answer_ends=none,
+            answer_ended=none.astype(bool),
+            answer_flaws=none.astype("U9"),
+            unwritten=(),
+            notes=notes,
+        )
+
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
@@ -69,11 +105,11 @@ class Tokens:
 
 def pieces(
     rows: Rows,
-    render: Callable[[Sequence[dict[str, Any]], Sequence[str]], list[Rendered]],
+    render: Callable[[Sequence[dict[str, Any]], Sequence[str]], list[Row]],
     *,
     max_rows: int = 4096,
     max_characters: int = 4_000_000,
-) -> Iterator[tuple[int, list[Rendered]]]:
+) -> Iterator[tuple[int, list[Row]]]:
     """Yields ``(index of the first row, rendered rows)`` for consecutive rows, at most ``max_rows`` or, beyond one row,
     ``max_characters`` at a time: the lists that tokenizing makes take far more memory than the tokens.
     """

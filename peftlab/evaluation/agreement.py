@@ -92,7 +92,10 @@ def agreement(pairs: Iterable[tuple[Distributions, Tensor]]) -> Agreement:
             part = reference[start : start + _CHUNK]
             log_q = logits[start : start + _CHUNK].double().log_softmax(-1).cpu()
             classes = part.classes.long()
-            terms = part.log_p.exp() * (part.log_p - log_q.gather(-1, classes))
+            # A class that does not exist has no probability in both models: 0 * (-inf - -inf) would be nan.
+            exists = part.log_p > -math.inf
+            ratio = torch.where(exists, part.log_p - log_q.gather(-1, classes), 0.0)
+            terms = part.log_p.exp() * ratio
             tail = torch.where(part.rest > -math.inf, part.rest.exp() * (part.rest - _rest(log_q, classes)), 0.0)
             kl.append(terms.sum(-1) + tail)
             same.append(log_q.gather(-1, classes[:, :1])[:, 0] >= log_q.amax(-1))
@@ -106,7 +109,9 @@ def agreement(pairs: Iterable[tuple[Distributions, Tensor]]) -> Agreement:
 
 def as_logits(vectors: Tensor) -> Tensor:
     """Vectors [n, H] as logits: equal vectors give equal logits, and the largest component stays distinct for vectors of texts
-    that are close."""
+    that are close. A number (H = 1) is the logit of one class beside another of 0."""
+    if vectors.shape[-1] == 1:
+        return torch.nn.functional.pad(vectors.float(), (1, 0))
     return torch.nn.functional.normalize(vectors.float(), dim=-1) / _VECTOR_TEMPERATURE
 
 

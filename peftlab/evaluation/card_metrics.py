@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.card_shape import Ratio
 from peftlab.evaluation.metrics import unknown_metric
-from peftlab.specs.metrics import CARD_ORDER, METRICS, ROWS, ROWS_OF_CHOICES, class_slugs, family_of
+from peftlab.specs.metrics import (
+    CARD_ORDER,
+    METRICS,
+    ROWS,
+    ROWS_OF_ANSWERS,
+    ROWS_OF_CHOICES,
+    ROWS_OF_ENTITIES,
+    family_of,
+    values_of,
+)
 from peftlab.specs.task_spec import TaskSpec
 
 
@@ -49,15 +58,15 @@ def in_order(names: set[str], headline: str) -> list[str]:
     return [headline, *known, *sorted(names - set(known) - {headline})]
 
 
-def class_metrics(names: Sequence[str] | None) -> dict[str, tuple[str, int]]:
-    """Maps flat names of per-class metrics, such as ``recall_spam``, to (family, class index)."""
-    families = [spec.name for spec in METRICS.values() if spec.averaged and spec.rows]
-    return {f"{f}_{slug}": (f, i) for f in families for i, slug in enumerate(class_slugs(names or []))}
+def class_metrics(names: Sequence[str] | None, spec: TaskSpec) -> dict[str, tuple[str, int]]:
+    """Maps flat names of per-class metrics, such as ``recall_spam``, to (family, index of the class or entity label)."""
+    families = [s for s in METRICS.values() if s.rows and (s.of_entities if spec.marks_entities else s.averaged)]
+    return {value: (f.name, i) for f in families for i, value in enumerate(values_of(f, names or []))}
 
 
 def check_headline(name: str, spec: TaskSpec, class_names: Sequence[str] | None, *, has_choices: bool) -> None:
     """Raises RecipeError unless ``name`` is a metric with an interval over rows, which a verdict needs."""
-    known = [*_verdict_metrics(spec, has_choices), *class_metrics(class_names)]
+    known = [*_verdict_metrics(spec, has_choices), *class_metrics(class_names, spec)]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -69,4 +78,6 @@ def check_headline(name: str, spec: TaskSpec, class_names: Sequence[str] | None,
 
 def _verdict_metrics(spec: TaskSpec, has_choices: bool) -> list[str]:
     columns = ROWS[spec.predicts] | (ROWS_OF_CHOICES if has_choices else frozenset())
+    columns |= ROWS_OF_ENTITIES if spec.marks_entities else frozenset()
+    columns |= ROWS_OF_ANSWERS if spec.predicts == "spans" else frozenset()
     return [s.headline for s in METRICS.values() if s.rows and s.on_card and columns >= set(s.rows)]

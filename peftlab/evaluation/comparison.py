@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftlab.errors import DataError, VerificationError
 from peftlab.evaluation.calibration import Calibration
+from peftlab.evaluation.entity_counts import entities_per_row
 from peftlab.measuring.intervals import Estimate, Floats, Statistic, bootstrap
 from peftlab.specs.metrics import METRICS
 from peftlab.specs.task_spec import Predicts
@@ -25,18 +26,23 @@ _COLUMNS = ("positions", "nll", "correct", "brier", "agree", "kl")
 
 
 class Comparison:
-    """Per-row sums for the report card of one model. Keeps 56 bytes per row and nothing of size V.
+    """Per-row sums for the report card of one model. Keeps 56 bytes per row, with ``tags`` 12 per position, and nothing of
+    size V.
 
     Args:
         num_rows: number of held-out rows. Compare models on the same rows only.
-        predicts: see ``TaskSpec``. "tokens", "token classes": a row has any number of scored positions. "classes": exactly one.
+        predicts: see ``TaskSpec``. "tokens", "token classes", "spans": a row has any number of scored positions. "classes": exactly
+            one.
+        tags: the class names, if they mark entities; a row's positions then come in order.
 
     Attributes:
         calibration: over all positions.
     """
 
-    def __init__(self, num_rows: int, *, predicts: Predicts) -> None:
+    def __init__(self, num_rows: int, *, predicts: Predicts, tags: Sequence[str] | None = None) -> None:
         self.num_rows, self.predicts = num_rows, predicts
+        self._tags = tags
+        self._tagged: list[NDArray[np.int32]] = []
         self.calibration = Calibration()
         self._sums = {name: np.zeros(num_rows) for name in _COLUMNS}
         self._classes = np.full((2, num_rows), -1, dtype=np.int32)
@@ -65,6 +71,9 @@ class Comparison:
                 # On the CPU, so that the order of additions is fixed.
                 self._sums[name] += np.bincount(where[part], values[name].astype(np.float64), minlength=self.num_rows)
             self.calibration.add(values["confidence"].astype(np.float64), values["correct"])
+            if self._tags is not None:
+                tagged = np.stack([where[part], values["top"], targets[part].cpu().numpy()])
+                self._tagged.append(tagged.astype(np.int32))
             if self.predicts == "classes":
                 self._classes[0, where[part]] = values["top"]
                 self._classes[1, where[part]] = targets[part].cpu().numpy()
@@ -102,7 +111,7 @@ class Comparison:
         return row_statistics(self.columns())
 
     def columns(self) -> dict[str, Floats]:
-        """The inputs of ``statistics``, [num_rows] each, by the names in ``specs.metrics``.
+        """The inputs of ``statistics``, [num_rows] each, by the names in ``specs.metrics``; of entities [num_rows, labels].
 
         Raises:
             DataError: no positions were added.
@@ -113,11 +122,14 @@ class Comparison:
         columns: dict[str, Floats] = {"positions": positions, "nll": self._sums["nll"]}
         if self.predicts == "tokens":
             columns |= {"tokens": positions, "correct_tokens": correct}
-        else:
+        elif self.predicts != "spans":
             columns |= {"class_positions": positions, "correct_classes": correct}
         if self.predicts == "classes":
             predicted, true = (np.asarray(rows, dtype=np.float64) for rows in (self.predictions, self.references))
             columns |= {"brier": self._sums["brier"], "predicted_class": predicted, "true_class": true}
+        if self._tags is not None:
+            where, predictions, references = np.concatenate(self._tagged, axis=1)
+            columns |= entities_per_row(where, predictions, references, tags=self._tags, num_rows=self.num_rows)
         if self._has_teacher:
             columns |= {"agree": self._sums["agree"], "kl": self._sums["kl"]}
         return columns

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +12,7 @@ from peftlab.evaluation.card_metrics import class_metrics
 from peftlab.evaluation.comparison import SHARES, Comparison
 from peftlab.evaluation.embeddings import EmbeddingComparison
 from peftlab.evaluation.modules import class_statistic, row_statistics
+from peftlab.evaluation.squad_scores import scores_by_row
 from peftlab.measuring.intervals import Estimate, bootstrap
 from peftlab.specs.task_spec import TaskSpec
 
@@ -25,10 +27,14 @@ class HeldOutScores:
         self, spec: TaskSpec, num_rows: int, headline: str, *, class_names: Sequence[str] | None = None
     ) -> None:
         self._num_rows = num_rows
-        self._of_class = (headline, *class_metrics(class_names).get(headline, ("", -1)))
+        self._of_class = (headline, *class_metrics(class_names, spec).get(headline, ("", -1)))
         self._vectors = EmbeddingComparison() if spec.predicts == "vectors" else None
-        self._logits = None if self._vectors else Comparison(num_rows, predicts=spec.predicts)
+        self._numbers = np.zeros((2, num_rows)) if spec.predicts == "numbers" else None
+        own = self._vectors is not None or self._numbers is not None
+        tags = class_names if spec.marks_entities else None
+        self._logits = None if own else Comparison(num_rows, predicts=spec.predicts, tags=tags)
         self._chosen: dict[int, tuple[int, int]] = {}
+        self._answers: tuple[list[Mapping[str, Any]], list[Sequence[str]]] = ([], [])
         self._any = False
 
     def add_vectors(self, ours: Tensor, taught: Tensor) -> None:
@@ -43,10 +49,21 @@ class HeldOutScores:
         self._any = True
         self._logits.add(ours, targets, where, taught)
 
+    def add_numbers(self, rows: Sequence[int], predicted: Sequence[float], right: Sequence[float]) -> None:
+        """One number per row, and the right one."""
+        assert self._numbers is not None
+        self._any = True
+        self._numbers[:, list(rows)] = [predicted, right]
+
     def add_choices(self, rows: Sequence[int], predictions: Sequence[int], references: Sequence[int]) -> None:
         """Answers chosen among eval.choices, one per row, as class indices."""
         for row, predicted, right in zip(rows, predictions, references, strict=True):
             self._chosen[row] = (predicted, right)
+
+    def add_answers(self, windows: Sequence[Mapping[str, Any]], references: Sequence[Sequence[str]]) -> None:
+        """Answers to questions, per window, as ``squad_scores`` takes them; ``row`` counts the held-out rows."""
+        self._answers[0].extend(windows)
+        self._answers[1].extend(references)
 
     def estimates(self) -> dict[str, Estimate]:
         """The metrics with an interval over rows; empty if nothing was added."""
@@ -54,6 +71,9 @@ class HeldOutScores:
             return {}
         if self._vectors is not None:
             return self._vectors.estimates()
+        if self._numbers is not None:
+            numbers = dict(zip(("predicted_numbers", "true_numbers"), self._numbers, strict=True))
+            return bootstrap(row_statistics(numbers), self._num_rows, shares=SHARES)
         assert self._logits is not None
         columns = self._logits.columns()
         if self._chosen:
@@ -66,6 +86,10 @@ class HeldOutScores:
                 "correct_classes": (predicted == right).astype(np.float64),
                 "class_positions": np.ones(self._num_rows),
             }
+        if self._answers[0]:
+            scores = scores_by_row(*self._answers)
+            for which, name in enumerate(("answer_exact", "answer_f1")):
+                columns[name] = np.array([scores[row][which] for row in range(self._num_rows)])
         statistics = row_statistics(columns)
         some: dict[str, int] = {}
         headline, family, index = self._of_class

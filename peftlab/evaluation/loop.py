@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from peftlab.data import eval_batches
 from peftlab.evaluation.scorer import Scorer
+from peftlab.specs.metrics import METRICS
+
+
+def answer_signatures(metrics: Sequence[str]) -> dict[str, str]:
+    """How those of the metrics that have several variants are computed, by name: sacrebleu's signatures."""
+    if not any(name in METRICS and METRICS[name].of_answers for name in metrics):
+        return {}
+    from peftlab.evaluation.text_scores import signatures  # slow to import
+
+    return {name: text for name, text in signatures().items() if name in metrics}
 
 
 @torch.no_grad()
@@ -17,7 +28,8 @@ def evaluate_examples(
     """Returns the metrics of ``model`` on ``encoded`` examples, by flat name; None: of a class that no example has.
 
     Args:
-        task: a ``tasks.Task``; its ``score`` is called per padded batch of at most ``batch_tokens`` tokens.
+        task: a ``tasks.Task``; its ``score`` is called per padded batch of at most ``batch_tokens`` tokens. Metrics of texts that the
+            model writes need its ``score_answers`` too, which takes much longer.
         metrics: empty for a task without labels.
         autocast: a zero-argument callable that returns the context of the forward passes.
     """
@@ -25,14 +37,22 @@ def evaluate_examples(
         return {}
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    scorer = Scorer(metrics, class_names=task.class_names)
+    scorer, parts = Scorer(metrics, class_names=task.class_names), []
+    writes = not scorer.columns.isdisjoint(task.spec.answer_scores)
     try:
         for part in eval_batches(encoded.lengths, batch_tokens):
             batch = task.collate([encoded.examples[i] for i in part], device)
             with autocast():
                 columns = task.score(model, batch)
-            scorer.add(columns)
+                if writes:
+                    columns |= task.score_answers(model, batch)
+            if task.spec.gathers:
+                parts.append(columns)
+            else:
+                scorer.add(columns)
     finally:
         for module, training in modes.items():
             module.training = training
+    if parts:
+        scorer.add(task.gathered(parts))
     return scorer.compute()

@@ -6,13 +6,14 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 from peftlab.errors import RecipeError
-from peftlab.specs.metrics import METRICS, class_slugs, family_of
+from peftlab.specs.metrics import METRICS, family_of, values_of
 from peftlab.specs.task_spec import TaskSpec
 
 
 def default_metrics(spec: TaskSpec, has_choices: bool) -> list[str]:
     """The metric families used if the recipe names none."""
-    return [name for name in _available(spec, has_choices) if METRICS[name].by_default]
+    chosen = spec.default_metrics
+    return [n for n in _available(spec, has_choices) if (n in chosen if chosen else METRICS[n].by_default)]
 
 
 def check_metrics(
@@ -30,12 +31,11 @@ def check_metrics(
         RecipeError: key eval.metrics, with all invalid names at once.
     """
     available, with_choices = _available(spec, has_choices), _available(spec, True)
-    slugs = None if class_names is None else class_slugs(class_names)
     problems = [] if names else ["the list is empty"]
     for name in names:
-        family = family_of(name, slugs)
+        family = family_of(name, class_names)
         if family is None or not family.needs:
-            problems.append(unknown_metric(name, with_choices, slugs))
+            problems.append(unknown_metric(name, with_choices, class_names))
         elif family.name not in with_choices:
             problems.append(f"{name!r} does not apply to task: {spec.name}")
         elif family.name not in available:
@@ -51,10 +51,8 @@ def flat_names(names: Sequence[str], class_names: Sequence[str] | None) -> list[
     for name in names:
         if name not in METRICS:
             flat.append(name)
-        elif METRICS[name].averaged:
-            flat += [f"{name}_macro", *(f"{name}_{slug}" for slug in class_slugs(class_names or []))]
         elif METRICS[name].better is not None:
-            flat.append(name)
+            flat += [METRICS[name].headline, *values_of(METRICS[name], class_names or [])]
     return flat
 
 
@@ -72,21 +70,21 @@ def higher_is_better(name: str) -> bool:
     return family.higher_is_better
 
 
-def unknown_metric(name: str, families: Sequence[str], slugs: Sequence[str] | None) -> str:
+def unknown_metric(name: str, families: Sequence[str], class_names: Sequence[str] | None) -> str:
     """The error for an unknown metric, with the nearest name among those of ``families``."""
-    nearest = difflib.get_close_matches(name, _spelled_out(families, slugs or ()), n=1)
+    nearest = difflib.get_close_matches(name, _spelled_out(families, class_names or ()), n=1)
     return f"unknown metric {name!r}" + (f", did you mean {nearest[0]!r}?" if nearest else "")
 
 
 def _available(spec: TaskSpec, has_choices: bool) -> list[str]:
-    columns = {*spec.scores, *(spec.scores_with_classes if has_choices else ())}
+    columns = {*spec.scores, *spec.answer_scores, *(spec.scores_with_classes if has_choices else ())}
     return [name for name, metric in METRICS.items() if metric.needs and columns.issuperset(metric.needs.values())]
 
 
-def _spelled_out(families: Iterable[str], slugs: Sequence[str] = ("CLASS",)) -> list[str]:
-    names = []
-    for family in families:
-        names.append(family)
-        if METRICS[family].averaged:
-            names += [f"{family}_{slug}" for slug in ("macro", *slugs)]
+def _spelled_out(families: Iterable[str], class_names: Sequence[str] | None = None) -> list[str]:
+    """Args: class_names: None: ``CLASS`` or ``LABEL`` stands for them."""
+    names: list[str] = []
+    for spec in (METRICS[family] for family in families):
+        of_classes = ("B-LABEL" if spec.of_entities else "CLASS",) if class_names is None else class_names
+        names += dict.fromkeys([spec.name, spec.headline, *values_of(spec, of_classes)])
     return names

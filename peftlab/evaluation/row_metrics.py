@@ -64,6 +64,24 @@ def of_classes(
     }
 
 
+def label_means(
+    family: str, values: Sequence[float], references: Sequence[Sequence[int]], class_names: Sequence[str]
+) -> dict[str, float | None]:
+    """``FAMILY_macro``, the mean over the labels that some row has, and ``FAMILY_LABEL`` -> value of each; None for others."""
+    present = {i for row in references for i, has in enumerate(row) if has}
+    macro = float(np.mean([values[i] for i in sorted(present)])) if present else 0.0
+    labels = {
+        f"{family}_{name}": float(value) if i in present else None
+        for i, (name, value) in enumerate(zip(class_names, values, strict=True))
+    }
+    return {f"{family}_macro": macro, **labels}
+
+
+def varies(numbers: Sequence[float]) -> bool:
+    """Whether there are two different ones."""
+    return min(numbers) < max(numbers)
+
+
 def _column(values: ArrayLike) -> Floats:
     return np.asarray(values, dtype=np.float64)
 

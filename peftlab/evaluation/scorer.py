@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import tempfile
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftlab.errors import DataError, RecipeError
 from peftlab.evaluation.metrics import unknown_metric
 from peftlab.specs.metrics import METRICS, class_slugs, family_of
 
+# Columns whose values are class indices.
+_INDICES = {"predictions", "references"}
 # The result of a task's ``score`` for one batch, by column name: a number, or a list of numbers, texts or other values.
 Columns = Mapping[str, float | int | Sequence[Any]]
 
@@ -34,17 +36,23 @@ class Scorer:
     """
 
     def __init__(self, names: Sequence[str], *, class_names: Sequence[str] | None = None) -> None:
-        self._slugs = class_slugs(class_names or [])
+        self._class_names = list(class_names or [])
+        self._slugs = class_slugs(self._class_names)
         self._families: dict[str, str] = {}
         for name in names:
-            family = family_of(name, self._slugs or None)
+            family = family_of(name, class_names or None)
             if family is None or not family.needs:
-                raise RecipeError(unknown_metric(name, list(METRICS), self._slugs), key="eval.metrics")
+                raise RecipeError(unknown_metric(name, list(METRICS), class_names), key="eval.metrics")
             if family.of_classes and not self._slugs:
                 raise RecipeError(f"{name!r} needs classes (causal_lm: eval.choices)", key="eval.metrics")
             self._families[name] = family.name
         needed = dict.fromkeys(column for f in self._families.values() for column in METRICS[f].needs.values())
         self._columns: dict[str, array[Any] | list[Any] | None] = dict.fromkeys(needed)
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns that its metrics need."""
+        return set(self._columns)
 
     def add(self, columns: Columns) -> None:
         """Adds one batch; ignores columns that no metric needs.
@@ -63,8 +71,8 @@ class Scorer:
             if len({len(column) for column in needed}) > 1:
                 names = " and ".join(METRICS[family].needs.values())
                 raise ValueError(f"expected equally many {names}, found {', '.join(str(len(c)) for c in needed)}")
-            if METRICS[family].of_classes:
-                self._check_classes(needed)
+            if METRICS[family].of_classes and set(METRICS[family].needs.values()) >= _INDICES:
+                self._check_classes(values["predictions"], values["references"])
         for name, column in values.items():
             kept = self._columns[name]
             if kept is None and not column:
@@ -96,7 +104,7 @@ class Scorer:
                 if not all(arguments.values()) or not any(arguments.get("num_tokens", [1])):
                     raise DataError("expected rows to score, found none: the evaluation data has no rows to score")
                 if takes_class_names(metric):
-                    arguments["class_names"] = self._slugs
+                    arguments["class_names"] = self._class_names if METRICS[family].of_entities else self._slugs
                 computed = metric(keep_in_memory=True, cache_dir=scratch, seed=0).compute(**arguments)
                 wanted = self._families
                 flat = self._flat(computed)
@@ -104,7 +112,7 @@ class Scorer:
         headlines = {spec.headline for spec in METRICS.values()}
         return dict(sorted(values.items(), key=lambda item: item[0] not in headlines))
 
-    def _check_classes(self, columns: Iterable[Sequence[Any]]) -> None:
+    def _check_classes(self, *columns: Sequence[Any]) -> None:
         outside = {int(i) for column in columns for i in column} - set(range(len(self._slugs)))
         if outside:
             raise ValueError(f"expected class indices in 0..{len(self._slugs) - 1}, found {sorted(outside)}")

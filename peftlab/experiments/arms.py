@@ -16,26 +16,31 @@ from peftlab import formatting
 from peftlab.assembly import Assembly
 from peftlab.assembly.fit import fit
 from peftlab.assembly.merging import merge_run
+from peftlab.assembly.prepare import Phase
 from peftlab.assembly.witness import WITNESS_NAME
 from peftlab.errors import Interrupted
 from peftlab.experiments.card_figures import compare_students, no_baseline
 from peftlab.experiments.distill_checks import check_models
+from peftlab.experiments.linking import link_file
 from peftlab.experiments.phases import phase_notes, train_in_phases
 from peftlab.experiments.student import cut_student
+from peftlab.experiments.taught_answers import answered_examples
 from peftlab.experiments.written_answers import ROWS_NAME
 from peftlab.measuring.memory import release_memory
 from peftlab.recipe import LoadedRecipe, check_lock, write_lock
 from peftlab.runs import LOCK_NAME, RUN_NAME, open_run, write_json
-from peftlab.tasks import Generates
+from peftlab.tasks import Chats
 from peftlab.teaching.alignment import check_routes
 from peftlab.teaching.caches import is_stored
-from peftlab.teaching.capture import capture_all, taught_examples
+from peftlab.teaching.capture import TaughtExamples, capture_all, taught_examples
 from peftlab.teaching.teacher import named_teachers
 from peftlab.teaching.teachers import Teachers
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.progress import Progress, first_in_full
 
 STUDENT, BASELINE = "student", "labels"
+# Folder of the teacher's answers in the run folder.
+ANSWERS = "answers"
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,9 @@ class Distillation:
         if replace and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        environment: dict[str, Any] = {"class_names": assembly.classes} if assembly.spec.names_classes else {}
-        if assembly.spec.generates:
-            environment["style"] = cast(Generates, assembly.task).formatter.style
+        environment = assembly.kept
+        if assembly.spec.chats:
+            environment["style"] = cast(Chats, assembly.task).formatter.style
         try:
             write_lock(folder / LOCK_NAME, assembly.loaded, fingerprints=fingerprints, environment=environment)
         except BaseException:
@@ -123,7 +128,7 @@ class Distillation:
                 f"{distill.cache} is incomplete: caching the missing teacher targets first, as `peftlab teach` does"
             )
             progress.stage("reading data")
-            self._summary["teach"] = capture_all(taught_examples(first), progress)
+            self._summary["teach"] = capture_all(self._taught(first) or taught_examples(first), progress)
         teachers = Teachers(first, progress)
         figures: dict[Arm, dict[str, Any]] = {}
         steps: dict[int, int] = {}
@@ -177,17 +182,25 @@ class Distillation:
             train_in_phases(assembly, arm.folder, self._progress)
         else:
             checkpoints = list_checkpoints(arm.folder / "checkpoints")
+            taught = None if teachers is None else self._taught(assembly)
             fit(
                 assembly,
                 arm.folder,
                 self._progress,
                 make_loss=None if teachers is None else teachers.loss,
+                phase=None if taught is None else Phase(taught.rows, taught.train),
                 checkpoint=checkpoints[-1] if checkpoints else None,
                 replace=not checkpoints,
                 resume_hint=_resume_hint(self._folder),
             )
         self._merge(arm, assembly)
         return open_run(arm.folder).summary
+
+    def _taught(self, student: Assembly) -> TaughtExamples | None:
+        """The training rows with the teacher's answers; None if the student learns from those of the data."""
+        if student.distill.answers == "data":
+            return None
+        return answered_examples(student, self._folder / ANSWERS, self._progress)
 
     def _merge(self, arm: Arm, assembly: Assembly) -> None:
         """Merges the adapter of a training into a plain model, unless that is already done."""
@@ -222,22 +235,14 @@ def _publish_student(arm: Arm, folder: Path) -> None:
         if file.is_file() and file.name != LOCK_NAME:
             target = partial / file.relative_to(arm.model)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _link(file, target)
+            link_file(file, target)
     shutil.copy(folder / LOCK_NAME, partial / LOCK_NAME)
     witness = arm.folder / WITNESS_NAME
     if witness.is_file():
         (folder / WITNESS_NAME).unlink(missing_ok=True)
-        _link(witness, folder / WITNESS_NAME)
+        link_file(witness, folder / WITNESS_NAME)
     shutil.rmtree(folder / "student", ignore_errors=True)
     os.replace(partial, folder / "student")
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard-links the file if the disk allows it, else copies: a student may have gigabytes."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _clear_partial(folder: Path) -> None:
@@ -258,6 +263,7 @@ def _status(loaded: LoadedRecipe, folder: Path, *, resumed: bool) -> Iterator[No
         kept = (
             resumed
             or any(any(folder.glob(f"seed-*/*/{name}")) for name in (LOCK_NAME, ROWS_NAME))
+            or (folder / ANSWERS / ROWS_NAME).is_file()
             or (stopped and (folder / "init").is_dir())
         )
         if not kept:

@@ -17,6 +17,7 @@ from peftlab.evaluation.held_out_scores import HeldOutScores
 from peftlab.measuring.latency import measure_latency
 from peftlab.measuring.memory import release_memory
 from peftlab.models import num_parameters
+from peftlab.tasks.outputs import numbers_of
 from peftlab.teaching.teachers import Teachers
 from peftlab.training.distill_loss import TaughtLogits
 from peftlab.training.progress import Progress, first_in_full
@@ -57,7 +58,7 @@ def compare_students(
         release_memory()
     figures: dict[str, Any] = {
         "headline": student.headline(),
-        "num_rows": len(student.held_out.examples),
+        "num_rows": student.held_out.num_rows,
         "seeds": seeds,
         "timed_on": comparer.timed_on,
     }
@@ -77,7 +78,7 @@ class _Comparer:
         # Classes of different vocabularies cannot be compared one by one.
         self._shares = [] if teachers.translated() else teachers.shares(self._task, None, rows, encoded)
         self._columns = teachers.columns()
-        self._index = {e.row: i for i, e in enumerate(encoded.examples)}
+        self._index = {row: i for i, row in enumerate(dict.fromkeys(e.row for e in encoded.examples))}
         room = max(1, student.recipe.eval.batch_tokens // int(encoded.lengths.max()))
         self._timed = encoded.examples[: min(_TIMED_ROWS, room)]
         self.num_tokens = sum(map(len, self._timed))
@@ -85,11 +86,11 @@ class _Comparer:
 
     def seed(self, seed: int, arms: Mapping[Any, Mapping[str, Any]]) -> Seed:
         """Computes all figures of one seed."""
-        self._progress.stage(f"comparing teacher and student on {len(self._encoded.examples):,} held-out rows")
+        self._progress.stage(f"comparing teacher and student on {self._encoded.num_rows:,} held-out rows")
         models = {_WHO[arm.kind]: open_target(find_target(arm.model), self._progress).model for arm in arms}
         if self._cut is not None:
             models["cut"] = open_target(self._cut, self._progress).model
-        num_rows, headline = len(self._encoded.examples), self._student.headline()
+        num_rows, headline = self._encoded.num_rows, self._student.headline()
         scores = {
             who: HeldOutScores(self._task.spec, num_rows, headline, class_names=self._task.class_names)
             for who in ("teacher", *models)
@@ -126,6 +127,15 @@ class _Comparer:
             counts = next(iter(outputs.values())).counts
             where = torch.tensor([self._index[e.row] for e in batch.examples]).repeat_interleave(torch.tensor(counts))
             taught = TaughtLogits(self._shares, first, batch, counts) if self._shares else None
+            if self._task.spec.predicts == "numbers":
+                ours = outputs["student"]
+                assert ours.targets is not None and ours.unit is not None
+                right = numbers_of(ours.targets, ours.unit)
+                values = {who: of_one.values for who, of_one in outputs.items()}
+                values |= {"teacher": taught.rows(slice(None))} if taught else {}
+                for who, numbers in values.items():
+                    scores[who].add_numbers(where.tolist(), numbers_of(numbers[:, 0], ours.unit), right)
+                continue
             if self._task.spec.predicts == "vectors":
                 for who, of_one in outputs.items():
                     assert taught is not None
@@ -146,6 +156,11 @@ class _Comparer:
                 for who, model in (*models.items(), *self._teachers.choosers()):
                     columns = self._task.score(model, batch)
                     scores[who].add_choices(rows, columns["predictions"], columns["references"])
+            if self._task.spec.predicts == "spans":
+                for who, model in (*models.items(), *self._teachers.choosers()):
+                    columns = self._task.score(model, batch)
+                    found = [{**answer, "row": self._index[answer["row"]]} for answer in columns["found_answers"]]
+                    scores[who].add_answers(found, columns["right_answers"])
 
     def _run(self, model: Any) -> Callable[[], object]:
         batch = self._task.collate(self._timed, self._device)

@@ -59,15 +59,10 @@ def on_policy_of(assembly: Assembly) -> OnPolicySection:
 
 
 def plan_phases(assembly: Assembly, folder: Path, progress: Progress) -> PhasePlan:
-    settings, task = on_policy_of(assembly), cast(Generates, assembly.task)
+    settings = on_policy_of(assembly)
     progress.stage("reading data")
     base = taught_examples(assembly)
-    if task.formatter.style == "text":
-        raise DataError(
-            "on_policy needs prompts for the student to answer, but these rows are plain text: expected messages, prompt and "
-            "completion, or a template",
-            key=task.formatter.key,
-        )
+    cast(Generates, assembly.task).answers_need(base.rows)
     candidates = _candidates(base, progress)
     rows = settings.rows or len(candidates) // settings.phases
     if not 1 <= rows <= len(candidates):

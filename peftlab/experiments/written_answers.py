@@ -85,12 +85,11 @@ def write_answers(
                 temperature=settings.temperature,
                 top_p=settings.top_p,
             ):
-                prompt = task.formatter.render_prompt(prompts.row(i), prompts.where(i)).text
                 written[i] = WrittenAnswer(
                     phase,
                     int(chosen[i]),
                     prompts.where(i),
-                    prompt,
+                    task.prompt_text(prompts, i),
                     task.text_of(tokens),
                     task.ends(tokens),
                     tokens.tolist(),

@@ -68,6 +68,16 @@ def load_skeleton(pretrained: Pretrained, *, auto_class: str, **model_kwargs: An
         return getattr(transformers, auto_class).from_config(load_config(pretrained, **model_kwargs), **options)
 
 
+def linear_widths(skeleton: Any) -> list[int]:
+    """The numbers of input features of the linear layers in a model's body, ascending."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    widths = {m.in_features for m in skeleton.base_model.modules() if isinstance(m, nn.Linear)}
+    widths |= {m.nx for m in skeleton.base_model.modules() if isinstance(m, Conv1D)}
+    return sorted(widths)
+
+
 def end_ids(pretrained: Pretrained, tokenizer: Any) -> tuple[list[int], list[int]]:
     """The ids at which the model's generation config ends a text: those that are special or added tokens of ``tokenizer``,
     and the others, which are no ends in its vocabulary, as in a config whose default ids were never set."""
@@ -84,11 +94,47 @@ def end_ids(pretrained: Pretrained, tokenizer: Any) -> tuple[list[int], list[int
     return [i for i in listed if i in known], [i for i in listed if i not in known]
 
 
+def has_class(config: Any, auto_class: str) -> bool:
+    """Whether transformers, or the model's own code, has a model of this config for an auto class."""
+    import transformers
+
+    own = getattr(config, "auto_map", None) or {}
+    return auto_class in own or type(config) in getattr(transformers, auto_class)._model_mapping
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a token of models of this config sees only those before it; that is so for decoders."""
+    return not (config.is_encoder_decoder or reads_later_tokens(config))
+
+
+# Their decoder starts with the last token of the target, which is a language.
+_STARTS_WITH_LAST = {"mbart", "plbart"}
+
+
+def decoder_start(config: Any) -> int | None:
+    """The token before each target of an encoder-decoder; None: the last token of the target."""
+    return None if config.model_type in _STARTS_WITH_LAST else getattr(config, "decoder_start_token_id", None)
+
+
+def starts_with_last(config: Any) -> bool:
+    """Whether the decoder starts with the last token of the target."""
+    return config.model_type in _STARTS_WITH_LAST
+
+
+def token_types(config: Any, tokenizer: Any) -> int:
+    """The number of types of tokens, such as those of a question and of its context, that a model of this config reads and its
+    tokenizer writes; 0 if one of them knows none."""
+    if "token_type_ids" not in tokenizer.model_input_names:
+        return 0
+    count = 3 if config.model_type == "xlnet" else getattr(config, "type_vocab_size", None) or 0
+    return count if count > 1 else 0
+
+
 def reads_later_tokens(config: Any) -> bool:
     """Whether the language model of this config is no causal one: an encoder such as BERT without ``is_decoder``."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    if config.model_type == "xlnet":
+    if config.model_type == "xlnet" or (config.model_type == "bert-generation" and not config.is_decoder):
         return True
     if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.is_encoder_decoder:
         return False

@@ -17,6 +17,8 @@ from peftlab.models.tiny import tiny_config
 
 # Output layers stay in full precision: they have few parameters and the loss is most sensitive to them.
 _NOT_QUANTIZED = ["lm_head", "embed_out", "classifier", "score", "pooler.dense"]
+# The head of T5ForQuestionAnswering (transformers 5.23), which is its own body.
+_LOOSE_HEAD = "qa_outputs"
 _NEW = "new_weights"  # the attribute of a loaded model that names its new parameters
 
 
@@ -119,7 +121,8 @@ def _new_weights(
     """The names for ``new_weights``. Raises: ArtifactError if they belong to the body, RecipeError for a head with ``whole``."""
     sizes = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in loading["mismatched_keys"]}
     new = (set(loading["missing_keys"]) & set(model.state_dict())) | set(sizes)
-    is_base = model.base_model is model
+    heads = tuple(f"{name}." for name in _outside_body(model))
+    is_base = model.base_model is model and not heads
     absent = sorted(new - set(brought))
     if whole and absent and not is_base:
         raise RecipeError(
@@ -127,10 +130,11 @@ def _new_weights(
             "train it for the task first, and use the run folder or the merged model",
             key="model.name",
         )
-    inner = "" if is_base else f"{model.base_model_prefix}."
+    inner = "" if model.base_model is model else f"{model.base_model_prefix}."
     writes = "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
     other_classes = {name for name, shapes in sizes.items() if _is_class_head(*shapes, model.config.num_labels)}
-    lost = sorted(n for n in new if writes or (n.startswith(inner) and "pooler" not in n and n not in other_classes))
+    body = (n for n in new if n.startswith(inner) and not n.startswith(heads) and "pooler" not in n)
+    lost = sorted(n for n in (new if writes else body) if n not in other_classes)
     if not lost:
         return frozenset(new)
     if lost[0] in sizes:
@@ -177,7 +181,7 @@ def _dequantized(model: Any, dtype: Any) -> Any:
 def _outside_body(model: Any) -> list[str]:
     """Names of the modules outside the body of a model, such as its head."""
     body = model.base_model
-    return [] if body is model else [name for name, child in model.named_children() if child is not body]
+    return [n for n, child in model.named_children() if (n == _LOOSE_HEAD if body is model else child is not body)]
 
 
 def _keep_storage_layout(model: Any, compute_dtype: Any) -> None:

@@ -29,16 +29,18 @@ COUNTED_FROM_PADDING = {
 }
 
 
-def padding_of(config: Any, predicts: str) -> Padding:
+def padding_of(config: Any, *, whole_rows: bool) -> Padding:
     """How the rows of a batch are padded so that each gets the outputs that it gets alone; ``none``: only rows of one
     length share a forward pass.
 
-    Args: predicts: see ``TaskSpec.predicts``.
+    Args: whole_rows: see ``TaskSpec.reads_whole_rows``.
     """
     if config.model_type in _NO_PADDING:
         return "none"
+    if config.model_type == "funnel" and not whole_rows:
+        return "none"  # it pools pairs of positions, and the last of a row may be paired with padding
     summary = getattr(config, "summary_type", None)
-    if config.model_type == "xlnet" and predicts == "classes":
+    if config.model_type == "xlnet" and whole_rows:
         return {"last": "left", "first": "right"}.get(str(summary), "none")  # type: ignore[return-value]
     return "right"
 

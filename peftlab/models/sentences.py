@@ -19,6 +19,7 @@ _POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
 }
+_WIDTHS = ("hidden_size", "dim", "d_model", "n_embd")  # in the configs of the families
 _NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
 
@@ -83,18 +84,41 @@ class SentenceWriter:
     def save_pretrained(self, folder: str | Path) -> None:
         """Args: folder: must contain the model's config.json."""
         self._tokenizer.save_pretrained(folder)
+        if not self._files.files:
+            self._write_own(Path(folder))
         for name, path in self._files.files:
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if name.endswith("/config.json"):
-                width = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["hidden_size"]
-                settings = _json(path) | {"word_embedding_dimension": width}
+                settings = _json(path) | {"word_embedding_dimension": _width(Path(folder))}
                 if _pooling(settings) != self._pooling:
                     settings = {k: v for k, v in settings.items() if not k.startswith("pooling_mode")}
-                    settings |= {key: mode == self._pooling for key, mode in _POOLING_KEYS.items()}
+                    settings |= self._modes()
                 target.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             else:
                 shutil.copy(path, target)
+
+    def _write_own(self, folder: Path) -> None:
+        """The files of a model that has none: without them sentence-transformers takes the mean."""
+        if (width := _width(folder)) is None:
+            return
+        modules = [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])
+        ]
+        (folder / "1_Pooling").mkdir(exist_ok=True)
+        pooling = {"word_embedding_dimension": width, **self._modes()}
+        for name, content in ((MODULES, modules), ("1_Pooling/config.json", pooling)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _modes(self) -> dict[str, bool]:
+        return {key: mode == self._pooling for key, mode in _POOLING_KEYS.items()}
+
+
+def _width(folder: Path) -> int | None:
+    """The width of the vectors of the model in ``folder``."""
+    settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return next((settings[key] for key in _WIDTHS if key in settings), None)
 
 
 def _pooling(settings: dict[str, Any]) -> str:

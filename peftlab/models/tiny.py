@@ -34,11 +34,19 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_config(name: str, **kwargs: Any) -> Any:
-    """Config of ``tiny:llama`` (2 layers, hidden 64, tied head), ``tiny:bert`` (2 layers, hidden 64), ``tiny:vit``
-    (2 layers, hidden 128, images of 8 x 8 pixels and one channel, in one patch), ``tiny:yolos`` (4 layers, hidden 96, images
-    of 64 x 64 pixels in 64 patches, 10 queries) or ``tiny:detr`` (a Deformable DETR on a small ResNet, images of 64 x 64
-    pixels, 12 queries)."""
-    from transformers import BertConfig, DeformableDetrConfig, LlamaConfig, ResNetConfig, ViTConfig, YolosConfig
+    """Config of ``tiny:llama`` (2 layers, hidden 64, tied head), ``tiny:bert`` (2 layers, hidden 64), ``tiny:t5`` (2 + 2
+    layers, hidden 64, tied head), ``tiny:vit`` (2 layers, hidden 128, images of 8 x 8 pixels and one channel, in one
+    patch), ``tiny:yolos`` (4 layers, hidden 96, images of 64 x 64 pixels in 64 patches, 10 queries) or ``tiny:detr`` (a
+    Deformable DETR on a small ResNet, images of 64 x 64 pixels, 12 queries)."""
+    from transformers import (
+        BertConfig,
+        DeformableDetrConfig,
+        LlamaConfig,
+        ResNetConfig,
+        T5Config,
+        ViTConfig,
+        YolosConfig,
+    )
 
     if name == "tiny:vit":
         # One patch: with smaller ones the model learns digits more slowly, and students in the recipe digits-missing-class
@@ -56,6 +64,19 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
             **kwargs,
         )
 
+    if name == "tiny:t5":
+        return T5Config(
+            vocab_size=260,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=2,
+            **{"decoder_start_token_id": 0, **kwargs},
+        )
     if name == "tiny:yolos":
         return YolosConfig(
             image_size=[64, 64],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ from peftlab.models.tiny import tiny_tokenizer
 
 UNLIMITED = 2**31
 # Families with relative positions or a state, whose config may still have a number of positions.
-_RELATIVE = {"bloom", "funnel", "mamba", "mamba2", "falcon_mamba", "mt5", "rwkv", "t5", "umt5", "xlnet"}
+_RELATIVE = {"bloom", "funnel", "mamba", "mamba2", "falcon_mamba", "mt5", "rwkv", "t5", "umt5", "xlnet"} | {
+    "longt5",
+    "switch_transformers",
+}
 
 
-def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) -> Any:
+def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None, offsets: bool = True) -> Any:
     """The tokenizer, with a padding token (never a new vocabulary entry) and the given template file, if any.
+
+    Args: offsets: whether the task needs the characters of each token, which only fast tokenizers give.
 
     ``padding_note`` of the result is the reason for a padding token that is not its own, or None. Raises: RecipeError.
     """
@@ -35,7 +41,7 @@ def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) 
     else:
         with quiet(), load_errors(pretrained, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(pretrained.location, **pretrained.hub_kwargs)
-    if not tokenizer.is_fast:
+    if offsets and not tokenizer.is_fast:
         raise RecipeError(
             f"the tokenizer of {pretrained.source.name!r} has no fast (Rust) version, which the loss mask needs",
             key="model.name",
@@ -80,6 +86,15 @@ def length_limit(pretrained: Pretrained, tokenizer: Any) -> LengthLimit:
     return LengthLimit(of_model, None if of_model == of_tokenizer else why)
 
 
+def target_limit(pretrained: Pretrained, tokenizer: Any) -> int:
+    """The longest target of an encoder-decoder in tokens; ``UNLIMITED`` if it has no limit."""
+    config = load_config(pretrained)
+    own = _sensible(getattr(config, "max_decoder_position_embeddings", None))
+    if own is None and hasattr(config, "decoder"):
+        own = _positions(config.decoder)[0]
+    return model_max_length(pretrained, tokenizer) if own is None else own
+
+
 def model_max_length(pretrained: Pretrained, tokenizer: Any) -> int:
     """The tokens of ``length_limit``."""
     return length_limit(pretrained, tokenizer).tokens
@@ -87,10 +102,10 @@ def model_max_length(pretrained: Pretrained, tokenizer: Any) -> int:
 
 def _positions(config: Any) -> tuple[int | None, str | None]:
     """The tokens that a model's positions hold, and why if its config says another number. None: relative positions."""
-    text = config.get_text_config()
+    text = config.encoder if config.model_type == "encoder-decoder" else config.get_text_config()
     if text.model_type in _RELATIVE or getattr(text, "alibi", False):
         return None, None
-    names = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len")
+    names = ("max_encoder_position_embeddings", "max_position_embeddings", "max_seq_len")
     positions = next((n for name in names if (n := _sensible(getattr(text, name, None)))), None)
     counts = (
         text.model_type in COUNTED_FROM_PADDING and getattr(text, "position_embedding_type", "absolute") == "absolute"
@@ -112,5 +127,17 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 over the tokenizer's serialisation and its chat template, or the fingerprint of an ``ImageReader``."""
     if hasattr(tokenizer, "fingerprint"):
         return str(tokenizer.fingerprint)
+    if not tokenizer.is_fast:
+        return _of_files(tokenizer)
     text = tokenizer.backend_tokenizer.to_str() + "\0" + str(tokenizer.chat_template)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _of_files(tokenizer: Any) -> str:
+    """sha256 over the files that a tokenizer without a fast version writes."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

@@ -192,6 +192,11 @@ class DistillSection(Section):
         description="losses against the teacher; default: forward_kl; for task: embedding hidden_cosine, or "
         "similarity_kl if the widths differ",
     )
+    answers: Literal["data", "teacher"] = Field(
+        "data",
+        description="whose answers the student learns from; teacher: the teacher writes them before the training, greedily, "
+        "and they stand in place of those of the data (sequence distillation; causal_lm, seq2seq)",
+    )
     share: float = Field(
         0.5,
         ge=0,
@@ -250,7 +255,9 @@ class DistillSection(Section):
                 raise ValueError("cross_tokenizer: uld needs a single live teacher, not a cache or several teachers")
         if self.on_policy is not None:
             self._check_on_policy()
-        if self.transfer is not None and self.hard_weight:
+        if self.answers == "teacher":
+            self._check_answers()
+        if self.transfer is not None and self.hard_weight and self.answers == "data":
             raise ValueError("hard_weight: the rows of transfer have no labels; remove hard_weight or transfer")
         names = [loss.kind for loss in self.losses]
         if len(set(names)) < len(names):
@@ -275,6 +282,16 @@ class DistillSection(Section):
         self._reject_unless_default(
             ["cross_tokenizer"], "with on_policy: the teacher reads the tokens that the student wrote"
         )
+
+    def _check_answers(self) -> None:
+        if self.on_policy is not None:
+            raise ValueError("answers: with on_policy the student writes the answers; remove one of the two")
+        if self.cross_tokenizer is not None:
+            raise ValueError("answers: the student learns from the teacher's tokens, so both need one tokenizer")
+        if len(self.all_teachers) != 1 or self.all_teachers[0].rows:
+            raise ValueError("answers: one teacher writes them; set distill.teacher")
+        if self.all_teachers[0].name == SELF:
+            raise ValueError("answers: self is the student's own backbone; name its model as the teacher")
 
     @property
     def all_teachers(self) -> list[TeacherSection]:

@@ -102,6 +102,8 @@ def _settings(loaded: LoadedRecipe) -> dict[str, Any]:
         settings["adapter"]["adapters"] = {name: _absolute(folder) for name, folder in mixed.items()}
     for section, name in _LOCAL_PATHS:
         settings[section][name] = _absolute(settings[section][name])
+    if (self_training := settings["train"]["self_training"]) is not None:
+        self_training["unlabelled"] = _absolute(self_training["unlabelled"])
     distill = settings["distill"]
     if distill is not None:
         distill["transfer"] = _absolute(distill["transfer"])
@@ -117,6 +119,8 @@ def local_files(loaded: LoadedRecipe) -> dict[str, Path]:
     named = {f"{section}.{name}": settings[section][name] for section, name in _LOCAL_PATHS}
     if isinstance(mixed := settings["adapter"].get("adapters"), dict):
         named |= {f"adapter.adapters.{name}": folder for name, folder in mixed.items()}
+    if (self_training := settings["train"]["self_training"]) is not None:
+        named["train.self_training.unlabelled"] = self_training["unlabelled"]
     if (distill := settings["distill"]) is not None:
         named |= {f"distill.{name}": distill[name] for name in ("transfer", "cache")}
         teachers = {f"teachers.{i}": teacher for i, teacher in enumerate(distill["teachers"])}
@@ -201,7 +205,8 @@ def _absolute(name: str | None) -> str | None:
     if os.path.exists(name):
         return os.path.abspath(name)
     base, _, count = name.rpartition("#")
-    return f"{os.path.abspath(base)}#{count}" if count.isdigit() and os.path.exists(base) else name
+    drawn = count.removesuffix("-per-class").isdigit()
+    return f"{os.path.abspath(base)}#{count}" if drawn and os.path.exists(base) else name
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.losses import LOSSES
 from peftlab.specs.methods import METHODS, VARIANTS
 from peftlab.specs.metrics import METRICS, MetricSpec
+from peftlab.specs.objectives import OBJECTIVES
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.storages import STORAGES
 from peftlab.specs.task_spec import TaskSpec
@@ -184,6 +185,14 @@ def _names() -> Iterator[str]:
         (f"**`{s.name}`**: {s.summary}." for s in SCHEDULES.values()),
     )
     yield from _rows(
+        "Objectives",
+        "`train.objective`, for vectors of pairs, triplets and scored pairs.",
+        (
+            f"**`{o.name}`**: {o.summary}." + (f" Keys: {_listed(o.keys)}." if o.keys else "")
+            for o in OBJECTIVES.values()
+        ),
+    )
+    yield from _rows(
         "Losses",
         "`distill.losses`. What each one compares; a loss that needs every class cannot use a cache, except one with "
         "`targets: {fill: hidden}`.",
@@ -197,7 +206,7 @@ def _names() -> Iterator[str]:
     yield from _rows(
         "Metrics",
         "`eval.metrics`, `eval.best` and `distill.headline`. A metric over classes gives `NAME_macro` and one `NAME_CLASS` "
-        "for each class, such as `f1_spam`.",
+        "for each class, such as `f1_spam`; one over entity labels gives `NAME` and one `NAME_LABEL` for each label.",
         (_metric(m) for m in METRICS.values()),
     )
 
@@ -210,7 +219,7 @@ def _metric(spec: MetricSpec) -> str:
         if spec.needs and set(spec.needs.values()) <= {*task.scores, *task.scores_with_classes}
     ]
     where = f"Tasks: {_listed(tasks)}." if tasks else "On the report card of `peftlab distill` only."
-    over = " One value per class." if spec.averaged else ""
+    over = " One value per class." if spec.averaged else " One value per label." if spec.of_entities else ""
     return f"**`{spec.name}`**: {order}{over} {where}"
 
 

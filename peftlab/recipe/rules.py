@@ -14,6 +14,7 @@ from peftlab.recipe.method_options import option_problems
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.losses import LOSSES
 from peftlab.specs.methods import METHODS, VARIANTS, variant_of
+from peftlab.specs.objectives import OBJECTIVES
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.tasks import KEYS_OF_TASKS, NEEDS
 
@@ -61,10 +62,10 @@ def keys_of_other_tasks(recipe: Recipe) -> Problems:
     for key in KEYS_OF_TASKS:
         if key not in spec.keys:
             lacks = f", which has no {NEEDS[key]}" if key in NEEDS else ""
-            yield from _no_effect(recipe, [key], f"for task: {recipe.task}{lacks}")
+            yield from _no_effect(recipe, [key], f"for {spec.what}{lacks}")
     for part in recipe.data.columns:
         if part not in spec.columns:
-            yield (f"data.columns.{part}",), f"has no effect for task: {recipe.task}; remove it"
+            yield (f"data.columns.{part}",), f"has no effect for {spec.what}; remove it"
 
 
 def keys_of_other_methods(recipe: Recipe) -> Problems:
@@ -139,6 +140,11 @@ def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
         return
     if recipe.spec.reader != "tokenizer":
         yield ("adapter.method",), f"{spec.name} puts tokens before a text, and task: {recipe.task} has none; use lora"
+    elif recipe.spec.predicts == "spans":
+        yield (
+            ("adapter.method",),
+            f"{spec.name} puts tokens before a text, and task: {recipe.task} predicts positions of the text; use lora",
+        )
     if recipe.data.packing:
         yield (
             ("data.packing",),
@@ -174,6 +180,25 @@ def keys_of_other_optimizers(recipe: Recipe) -> Problems:
                 yield from _no_effect(recipe, [f"train.{key}"], f"for train.{kind}: {chosen.name}")
 
 
+def objective_fits_the_columns(recipe: Recipe) -> Problems:
+    spec, given = recipe.spec, recipe.train.objective
+    if not spec.objectives:
+        return
+    if given is not None and given not in spec.objectives:
+        fits = " or ".join(spec.objectives)
+        yield ("train.objective",), f"expected {fits} for rows with {', '.join(spec.columns)}; found {given!r}"
+        return
+    name = recipe.objective
+    assert name is not None
+    chosen = OBJECTIVES[name]
+    for key in dict.fromkeys(key for row in OBJECTIVES.values() for key in row.keys):
+        if key not in chosen.keys and f"train.{key}" in spec.keys:
+            yield from _no_effect(recipe, [f"train.{key}"], f"for train.objective: {name}")
+    if chosen.whole_step and recipe.train.batch_size == 1 and recipe.train.accumulate == 1:
+        text = "one row per step has no other row to be compared with; set train.batch_size to 2 or more, 16 or more is better"
+        yield ("train.batch_size",), text
+
+
 def label_names_name_a_column(recipe: Recipe) -> Problems:
     has_column = recipe.spec.names_classes or "label" in recipe.data.columns
     if recipe.data.label_names and "data.label_names" in recipe.spec.keys and not has_column:
@@ -181,7 +206,7 @@ def label_names_name_a_column(recipe: Recipe) -> Problems:
 
 
 def balance_knows_the_classes(recipe: Recipe) -> Problems:
-    has_column = recipe.spec.classifies or "label" in recipe.data.columns
+    has_column = recipe.spec.classifies or {"label", "rank"} & set(recipe.data.columns)
     if recipe.data.balance and "data.balance" in recipe.spec.keys and not has_column:
         yield ("data.balance",), "draws rows by their class; set data.columns.label"
     if recipe.data.balance and recipe.distill is not None and recipe.distill.transfer is not None:
@@ -206,6 +231,27 @@ def changed_images_are_not_cached(recipe: Recipe) -> Problems:
         yield (
             ("data.augment",),
             "the cache stores a teacher's outputs for the images as they are; remove distill.cache, or this key",
+        )
+
+
+def only_plain_text_is_split(recipe: Recipe) -> Problems:
+    if recipe.data.too_long != "split":
+        return
+    if not recipe.spec.splits:
+        yield ("data.too_long",), f"split cuts plain text into blocks; task: {recipe.task} takes truncate or drop"
+    elif recipe.distill is not None and recipe.distill.cross_tokenizer is not None:
+        yield (
+            ("data.too_long",),
+            "split needs a teacher with the student's tokenizer, whose blocks would differ otherwise",
+        )
+
+
+def redrawn_rows_have_no_cache(recipe: Recipe) -> Problems:
+    if recipe.spec.redraws and recipe.distill is not None and recipe.distill.cache is not None:
+        yield (
+            ("distill.cache",),
+            f"a cache has the teacher's outputs for one set of masks, and {recipe.task} draws fresh ones in each pass; remove it, "
+            "and the teacher answers while the student trains",
         )
 
 
@@ -291,6 +337,9 @@ def losses_compare_what_there_is(recipe: Recipe) -> Problems:
     for loss in distill.losses:
         if loss.compares_layers(spec.predicts):
             yield from _one_live_teacher(distill, loss.kind)
+        elif spec.predicts == "numbers":
+            if loss.kind != "hidden_mse":
+                yield ("distill.losses",), f"{loss.kind} does not compare numbers; use hidden_mse, or leave it out"
         elif spec.predicts == "vectors" and "vectors" not in LOSSES[loss.kind].compares:
             yield (
                 ("distill.losses",),
@@ -302,8 +351,16 @@ def losses_compare_what_there_is(recipe: Recipe) -> Problems:
                 ("distill.losses",),
                 f"{loss.kind} compares vectors, and task: {recipe.task} has none; use forward_kl",
             )
-    if spec.predicts == "vectors" and distill.teachers:
-        yield ("distill.teachers",), "vectors of several teachers cannot be mixed; set distill.teacher"
+    if spec.predicts == "spans" and distill.targets.fill == "hidden":
+        yield (
+            ("distill.targets.fill",),
+            f"task: {recipe.task} predicts positions of a window, and there are no hidden states to store; use topk",
+        )
+    if spec.predicts in ("vectors", "numbers"):
+        if distill.teachers:
+            yield ("distill.teachers",), f"{spec.predicts} of several teachers cannot be mixed; set distill.teacher"
+        if distill.cache is not None and distill.targets.fill != "hidden":
+            yield ("distill.targets",), f"a cache of {spec.predicts} stores them whole; set fill: hidden"
 
 
 def _one_live_teacher(distill: DistillSection, kind: str) -> Problems:
@@ -314,6 +371,21 @@ def _one_live_teacher(distill: DistillSection, kind: str) -> Problems:
         )
     elif len(distill.all_teachers) > 1:
         yield ("distill.losses",), f"{kind} compares the layers of one teacher; set distill.teacher"
+
+
+def self_training_is_no_distillation(recipe: Recipe) -> Problems:
+    if recipe.distill is not None:
+        yield from _no_effect(recipe, ["train.self_training"], "in a distillation; name the rows in distill.transfer")
+
+
+def thresholds_are_tuned_in_training(recipe: Recipe) -> Problems:
+    if recipe.eval.threshold == "tuned" and recipe.distill is not None:
+        yield ("eval.threshold",), "is tuned by `peftlab train` only; set a number for a distillation"
+
+
+def answers_are_free_texts(recipe: Recipe) -> Problems:
+    if recipe.distill is not None and recipe.distill.answers == "teacher" and recipe.eval.choices is not None:
+        yield ("distill.answers",), "the teacher writes free text, not one of eval.choices; remove one of the two"
 
 
 def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
@@ -339,6 +411,7 @@ def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
 
 
 RULES: tuple[Callable[[Recipe], Problems], ...] = (
+    answers_are_free_texts,
     keys_of_other_tasks,
     keys_of_other_methods,
     options_of_the_method,
@@ -347,16 +420,21 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     prompts_stand_before_each_row,
     mixtures_run_the_model_twice,
     keys_of_other_optimizers,
+    objective_fits_the_columns,
     label_names_name_a_column,
     balance_knows_the_classes,
     task_can_be_distilled,
     adapters_keep_statistics,
     changed_images_are_not_cached,
+    only_plain_text_is_split,
+    redrawn_rows_have_no_cache,
     packed_rows_have_no_groups,
     merge_has_something_to_merge,
     quantized_weights_are_not_trained,
     rounded_operands_have_a_path,
     self_is_a_backbone,
     losses_compare_what_there_is,
+    self_training_is_no_distillation,
+    thresholds_are_tuned_in_training,
     on_policy_knows_its_steps,
 )

@@ -14,6 +14,7 @@ from peftlab.recipe.section import DType, Section, StorageName
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.methods import METHODS
+from peftlab.specs.objectives import OBJECTIVES
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.storages import STORAGES
 from peftlab.specs.task_spec import TaskSpec
@@ -21,12 +22,14 @@ from peftlab.specs.tasks import COLUMNS, TASKS, spec_of
 
 if TYPE_CHECKING:
     TaskName = str
+    ObjectiveName = str
     OptimizerName = str
     ScheduleName = str
     KernelMode = str
     Column = str
 else:
     TaskName, Column = Literal[tuple(TASKS)], Literal[COLUMNS]
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
     OptimizerName, ScheduleName = Literal[tuple(OPTIMIZERS)], Literal[tuple(SCHEDULES)]
     KernelMode = Literal[tuple(KERNEL_MODES)]
 
@@ -36,9 +39,8 @@ DELIMITER_NAMES = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "sp
 
 class ModelSection(Section):
     name: str = Field(
-        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:vit | tiny:yolos | "
-        "tiny:detr, or "
-        "shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
+        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:t5 | tiny:vit | "
+        "tiny:yolos | tiny:detr, or shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
     adapter: str | None = Field(
@@ -138,8 +140,9 @@ class AugmentSection(Section):
 
 class DataSection(Section):
     train: str = Field(
-        description="file, folder, package:IMPORT/PATH, sklearn:digits, shapes:2000, docstrings:PACKAGE,PACKAGE or hub data set; "
-        "NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows"
+        description="file, folder, package:IMPORT/PATH, built-in data such as docstrings:PACKAGE,PACKAGE, or hub data set; "
+        "NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows, NAME#8-per-class samples 8 training rows of each class "
+        "after rows are held out"
     )
     eval: str | None = Field(
         None, description="held-out data, in the same forms as train; default: a part of train is held out"
@@ -148,8 +151,12 @@ class DataSection(Section):
         0.1, gt=0, lt=1, description="share of the training rows to hold out when data.eval is not set"
     )
     eval_rows: int | None = Field(None, ge=1, description="number of rows to hold out, instead of eval_fraction")
-    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "text"] = Field(
-        "auto", description="file format; auto uses the content, and the file ending where that leaves a choice"
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "text", "document", "conll", "po"] = (
+        Field(
+            "auto",
+            description="file format; auto uses the content, and the file ending where that leaves a choice; text: a row per "
+            "paragraph of a text file; document: a row per text file",
+        )
     )
     encoding: str = Field("utf-8", description="text encoding of the files")
     delimiter: str | None = Field(
@@ -174,18 +181,54 @@ class DataSection(Section):
     )
     template: TemplateSection | None = Field(None, description="builds the texts from the columns (causal_lm)")
     label_names: dict[str, str] = Field(
-        default_factory=dict, description="class name for each value in the label column"
+        default_factory=dict,
+        description="class name for each value in the label column, or for each tag or entity label",
     )
     bins: BinsSection | None = Field(None, description="cut a numeric label column into classes")
+    score_range: tuple[float, float] | None = Field(
+        None,
+        description="the lowest and the highest score of the data, such as [0, 5], which become 0 and 1; default: scores are "
+        "used as they are",
+    )
+    order: list[str] = Field(
+        default_factory=list, description="the classes of columns.rank, lowest first; default: as numbers (seq_cls)"
+    )
+    separator: str | None = Field(
+        None,
+        min_length=1,
+        description="what stands between the labels of columns.labels in a text, such as ';'; lists need none (seq_cls)",
+    )
     seed: int | None = Field(None, ge=0, description="seed of the split and of sampled rows; default: run.seed")
     max_length: int | None = Field(None, ge=2, description="longest row in tokens; default: the model's limit")
-    too_long: Literal["error", "truncate", "drop"] = Field(
-        "error", description="what to do with rows longer than max_length"
+    too_long: Literal["error", "truncate", "split", "drop"] = Field(
+        "error",
+        description="what to do with rows longer than max_length; split: cut plain text into blocks, so that all of it is "
+        "trained (causal_lm, masked_lm)",
+    )
+    stride: int | None = Field(
+        None,
+        ge=0,
+        description="tokens that neighbouring windows of a long context share; default: a third of the window, which is "
+        "max_length (extractive_qa)",
     )
     empty: Literal["error", "drop"] = Field(
         "error",
         description="what to do with rows that have no text, label or image, or null in another column that the texts are "
         "made of; rows whose answer is empty are always left out",
+    )
+    prefix: str = Field(
+        "", description="text before each source, such as 'translate English to German: ' for T5 (seq2seq)"
+    )
+    source_language: str | None = Field(
+        None, description="language of the sources, for tokenizers of several, such as en_XX or eng_Latn (seq2seq)"
+    )
+    target_language: str | None = Field(
+        None, description="language of the targets, which is also the one that is written (seq2seq)"
+    )
+    max_target_length: int | None = Field(
+        None,
+        ge=2,
+        description="longest target in tokens, as max_length is that of the sources; too_long is for both (seq2seq)",
     )
     packing: bool = Field(
         False,
@@ -234,6 +277,13 @@ class DataSection(Section):
         lists = {k: v if isinstance(v, list) else [v] for k, v in value.items()}
         return {k: [str(v).lower() if isinstance(v, bool) else str(v) for v in values] for k, values in lists.items()}
 
+    @field_validator("order", mode="before")
+    @classmethod
+    def _order_is_text(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return [str(v).lower() if isinstance(v, bool) else str(v) for v in value]
+
     @field_validator("label_names", mode="before")
     @classmethod
     def _label_keys_are_text(cls, value: Any) -> Any:
@@ -242,15 +292,44 @@ class DataSection(Section):
         # Labels are compared as text, with lower-case booleans.
         return {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in value.items()}
 
+    @field_validator("score_range")
+    @classmethod
+    def _range_ascends(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError(f"expected the lowest score before the highest, found {list(value)}")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.eval is not None:
             self._reject_unless_default(["eval_fraction", "eval_rows"], "when data.eval is given")
+        if len(set(self.order)) < len(self.order):
+            raise ValueError(f"order: contains {next(c for c in self.order if self.order.count(c) > 1)!r} twice")
+        if self.bins is not None and self.order:
+            raise ValueError("bins have an order of their own; remove order")
         if self.bins is not None and self.label_names:
             raise ValueError("bins name the classes themselves; remove label_names")
         if self.eval_rows is not None and self.eval_fraction != 0.1:
             raise ValueError("set eval_fraction or eval_rows, not both")
         return self
+
+
+class SelfTrainingSection(Section):
+    """Rounds of training: the model of each round labels rows without labels, and the sure ones join the training rows of the
+    next round, which starts again from the base."""
+
+    unlabelled: str = Field(
+        description="rows without labels, in the same forms as data.train; a label column in them is only used to count how "
+        "many of the model's labels are right"
+    )
+    rounds: int = Field(2, ge=1, description="number of times that the model labels these rows and is trained again")
+    confidence: float = Field(
+        0.95, gt=0, lt=1, description="a row joins if the probability of its label is at least this"
+    )
+    per_class: Literal["all", "balanced"] = Field(
+        "all",
+        description="all: every sure row joins; balanced: of each class as many as of the rarest, the surest first",
+    )
 
 
 class TrainSection(Section):
@@ -285,9 +364,37 @@ class TrainSection(Section):
         description="running statistics of BatchNorm. frozen: as in the model's files; trained: each micro-batch is normalized "
         "by its own, so the loss depends on train.batch_size, for weights that start at random",
     )
+    mask_share: float = Field(
+        0.15, gt=0, lt=1, description="share of the tokens of a row that are masked and predicted (masked_lm)"
+    )
     class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
         "none", description="weight of each class in the loss (seq_cls, image_cls)"
     )
+    objective: ObjectiveName | None = Field(
+        None, description="the loss of pairs, triplets and scored pairs; default: the first of those for the columns"
+    )
+    embedding_scale: float = Field(
+        20.0, gt=0, description="factor on cosines in the losses in_batch and cosent (1 / temperature)"
+    )
+    margin: float = Field(
+        0.5, gt=0, description="by how much the positive shall be closer to the anchor than the negative, in cosine"
+    )
+    matryoshka: list[int] = Field(
+        default_factory=list,
+        description="train vectors that can be cut: the loss is the sum over these numbers of leading dimensions, such as "
+        "[384, 192, 96]",
+    )
+
+    self_training: SelfTrainingSection | None = Field(
+        None, description="learn from rows without labels as well (seq_cls, image_cls)"
+    )
+
+    @field_validator("matryoshka")
+    @classmethod
+    def _widths_differ(cls, value: list[int]) -> list[int]:
+        if any(width < 1 for width in value) or len(set(value)) < len(value):
+            raise ValueError(f"expected different numbers of dimensions, 1 or more; found {value}")
+        return value
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -303,23 +410,43 @@ class EvalSection(Section):
     before: bool = Field(True, description="evaluate the model before training as well")
     every: int | None = Field(None, ge=1, description="evaluate every N steps; the end of training is always evaluated")
     batch_tokens: int = Field(4096, ge=1, description="padded tokens per evaluation batch")
+    threshold: float | Literal["tuned"] | None = Field(
+        None,
+        description="probability from which a row has a label of columns.labels; default 0.5; tuned: for each label the one "
+        "with the best F1 on training rows, found after training (seq_cls)",
+    )
     choices: list[str] | None = Field(
         None, min_length=2, description="the possible completions; adds accuracy and F1 over them (causal_lm)"
     )
     best: str | None = Field(None, description="keep the checkpoint with the best value of this metric")
     patience: int | None = Field(None, ge=1, description="stop after N evaluations without a better value of eval.best")
     prompts: list[str] = Field(
-        default_factory=list, description="prompts that the model answers before and after training (causal_lm)"
+        default_factory=list,
+        description="prompts that the model answers before and after training (causal_lm, seq2seq)",
+    )
+    max_new_tokens: int = Field(
+        64, ge=1, description="longest text that the model writes in evaluation, in tokens (causal_lm, seq2seq)"
+    )
+    beams: int = Field(
+        1, ge=1, description="width of the beam search for texts written in evaluation; 1: greedy (seq2seq)"
+    )
+
+    max_answer_tokens: int = Field(30, ge=1, description="longest answer, in tokens (extractive_qa)")
+    null_threshold: float | None = Field(
+        0.0,
+        description="a question gets no answer if the score of having none exceeds that of the best answer by more than "
+        "this; null: every question gets an answer (extractive_qa)",
     )
     min_score: float = Field(
         0.5, ge=0, le=1, description="least score of an object that a prediction shows (object_detection)"
     )
-    max_new_tokens: int = Field(64, ge=1, description="longest answer to a prompt, in tokens (causal_lm)")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.choices is not None and len(set(self.choices)) < len(self.choices):
             raise ValueError(f"choices: contains {next(c for c in self.choices if self.choices.count(c) > 1)!r} twice")
+        if isinstance(self.threshold, float) and not 0 < self.threshold < 1:
+            raise ValueError(f"threshold: expected a number between 0 and 1, or tuned; found {self.threshold:g}")
         if not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("prompts: one of them is empty; remove it")
         if self.patience is not None and (self.best is None or self.every is None):
@@ -369,6 +496,11 @@ class Recipe(Section):
     def spec(self) -> TaskSpec:
         """The spec of the task."""
         return spec_of(self.task, self.data.columns)
+
+    @property
+    def objective(self) -> str | None:
+        """The loss of a task that has several; None if it has one."""
+        return self.train.objective or next(iter(self.spec.objectives), None)
 
     @property
     def method(self) -> MethodSpec:

@@ -103,7 +103,7 @@ def write_verified(
                 "output": str(folder),
                 "logits": asdict(agreement),
                 "limits": limits,
-                "rows": len(held_out.examples),
+                "rows": held_out.num_rows,
                 "verified": True,
             }
         )
@@ -112,8 +112,8 @@ def write_verified(
         if target.lock is not None:
             shutil.copyfile(target.lock, written / LOCK_NAME)
         else:
-            names = {"class_names": assembly.classes} if assembly.spec.names_classes else {}
-            write_lock(written / LOCK_NAME, assembly.loaded, fingerprints=assembly.fingerprints, environment=names)
+            fingerprints, kept = assembly.fingerprints, assembly.kept
+            write_lock(written / LOCK_NAME, assembly.loaded, fingerprints=fingerprints, environment=kept)
         write_json(written / f"{report['verb']}.json", report)
         os.replace(written, folder)
     return report

@@ -148,7 +148,7 @@ def metrics_of(opened: Opened, held_out: Encoded, progress: Progress) -> dict[st
     settings = assembly.recipe
     if not assembly.spec.learns_from_labels:
         return {}
-    progress.stage(f"evaluating on {len(held_out.examples):,} rows")
+    progress.stage(f"evaluating on {held_out.num_rows:,} rows")
     return evaluate_examples(
         opened.model,
         opened.task,

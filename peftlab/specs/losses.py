@@ -11,7 +11,7 @@ class LossSpec:
 
     Attributes:
         compares: what it compares between teacher and student: ``probabilities`` (formula in ``kernels/.../linear_kl``),
-            ``vectors`` or ``layers`` (``distillation.features``). The first entry applies, unless the key ``layers`` is set
+            ``vectors``, ``numbers`` or ``layers`` (``distillation.features``). The first entry applies, unless the key ``layers`` is set
             or the task predicts no vectors.
         needs_every_class: whether it needs the teacher's probability of every class, not only of the likeliest ones.
         keys: the keys of ``losses`` and ``distill`` that it uses, in addition to ``weight``.
@@ -42,7 +42,7 @@ LOSSES: dict[str, LossSpec] = {
         LossSpec("jsd", ("probabilities",), needs_every_class=True, keys=("share",)),
         LossSpec("tvd", ("probabilities",), needs_every_class=True),
         LossSpec("hidden_cosine", ("vectors", "layers"), keys=_LAYERS),
-        LossSpec("hidden_mse", ("vectors", "layers"), keys=_LAYERS),
+        LossSpec("hidden_mse", ("vectors", "numbers", "layers"), keys=_LAYERS),
         LossSpec("similarity_mse", ("vectors",)),
         LossSpec("similarity_kl", ("vectors",)),
         LossSpec("attention_mse", ("layers",), keys=_LAYERS),

@@ -23,9 +23,13 @@ class MetricSpec:
         better: which direction is better; None if the values have no order.
         lowest, highest: bounds of its values.
         averaged: it gives NAME_macro and one NAME_CLASS per class instead of NAME.
+        parts: it gives NAME_PART as well for each of these parts of the rows.
+        of_entities: it gives NAME over all entities and one NAME_LABEL per entity label.
         by_default: whether recipes without ``eval.metrics`` compute it.
         on_card: whether the report card shows the family's headline value if it can be computed.
         on_short_card: whether the card on the screen shows it without --verbose, in addition to the headline metric.
+        of_answers: whether it is about texts that the model writes, which takes long: evaluations in the middle of training
+            compute it only if the recipe names it.
         share: its values are shares, shown in percentage points. kept_as: how the card expresses how much of the teacher's
             value the student keeps; None: not shown, as for metrics that already compare with the teacher.
         label, note: its name on the card, and its meaning in one line.
@@ -39,9 +43,12 @@ class MetricSpec:
     lowest: float = 0.0
     highest: float = math.inf
     averaged: bool = False
+    parts: tuple[str, ...] = ()
+    of_entities: bool = False
     by_default: bool = True
     on_card: bool = True
     on_short_card: bool = False
+    of_answers: bool = False
     share: bool = False
     kept_as: Literal["share", "times"] | None = None
     label: str = ""
@@ -62,7 +69,16 @@ def _share(name: str, **about: object) -> MetricSpec:
 
 
 _PAIRS = {"predictions": "predictions", "references": "references"}
+_TEXTS = {"predictions": "answers", "references": "reference_texts"}
+ROUGE = {"rouge1": "words", "rouge2": "pairs of words", "rougeL": "words in the same order"}
 _CLASS_ROWS = ("predicted_class", "true_class")
+_ANSWERS = {"predictions": "found_answers", "references": "right_answers"}
+_ANSWERABLE = ("answerable", "unanswerable")
+_TAGS = {**_PAIRS, "starts": "row_starts"}
+
+_LABEL_SETS = {"predictions": "predicted_labels", "references": "true_labels"}
+_RANKS = {"predictions": "predicted_ranks", "references": "true_ranks"}
+_NUMBERS = {"predictions": "predicted_numbers", "references": "true_numbers"}
 
 # The columns of a comparison on held-out rows, by the task's prediction; see ``MetricSpec.rows``.
 _POSITIONS = frozenset({"positions", "nll", "agree", "kl"})
@@ -70,11 +86,18 @@ ROWS: dict[str, frozenset[str]] = {
     "tokens": _POSITIONS | {"tokens", "correct_tokens"},
     "token classes": _POSITIONS | {"class_positions", "correct_classes"},
     "classes": _POSITIONS | {"class_positions", "correct_classes", "brier", *_CLASS_ROWS},
+    "spans": _POSITIONS,
     "vectors": frozenset({"vectors"}),
+    "numbers": frozenset({"predicted_numbers", "true_numbers"}),
     "boxes": frozenset(),
 }
-# Additional columns of answers chosen from eval.choices.
+# Additional columns of texts that the model writes.
+ROWS_OF_TEXTS = frozenset({"bleu_counts", "chrf_counts", *ROUGE})
+# Additional columns of answers chosen from eval.choices, and of tags that mark entities.
 ROWS_OF_CHOICES = frozenset({"class_positions", "correct_classes", *_CLASS_ROWS})
+# Additional columns of spans: how right the answer to each row is.
+ROWS_OF_ANSWERS = frozenset({"answer_exact", "answer_f1"})
+ROWS_OF_ENTITIES = frozenset({"entities_right", "entities_predicted", "entities_true"})
 
 METRICS: dict[str, MetricSpec] = {
     spec.name: spec
@@ -115,6 +138,40 @@ METRICS: dict[str, MetricSpec] = {
             label="exact match",
             note="share of rows with every token correct",
         ),
+        MetricSpec(
+            "bleu",
+            needs=_TEXTS,
+            rows=("bleu_counts",),
+            of_answers=True,
+            highest=100.0,
+            kept_as="share",
+            on_short_card=True,
+            label="BLEU",
+            note="matching word n-grams of the texts that it writes, 0 to 100",
+        ),
+        MetricSpec(
+            "chrf",
+            needs=_TEXTS,
+            rows=("chrf_counts",),
+            of_answers=True,
+            highest=100.0,
+            kept_as="share",
+            on_short_card=True,
+            label="chrF",
+            note="matching character n-grams of the texts that it writes, 0 to 100",
+        ),
+        *(
+            _share(
+                name,
+                needs=_TEXTS,
+                rows=(name,),
+                of_answers=True,
+                kept_as="share",
+                label=f"ROUGE-{name[5:]}",
+                note=f"shared {what} of the texts that it writes and the references (F-measure)",
+            )
+            for name, what in ROUGE.items()
+        ),
         _share(
             "accuracy",
             needs=_PAIRS,
@@ -141,7 +198,107 @@ METRICS: dict[str, MetricSpec] = {
             label="macro F1",
             note="F1 averaged over classes, all with equal weight",
         ),
+        _share(
+            "squad_exact",
+            needs=_ANSWERS,
+            rows=("answer_exact",),
+            parts=_ANSWERABLE,
+            kept_as="share",
+            on_short_card=True,
+            label="exact match",
+            note="share of questions with exactly a right answer (SQuAD)",
+        ),
+        _share(
+            "squad_f1",
+            needs=_ANSWERS,
+            rows=("answer_f1",),
+            parts=_ANSWERABLE,
+            kept_as="share",
+            on_short_card=True,
+            label="answer F1",
+            note="words that the answer shares with a right one, averaged over questions (SQuAD)",
+        ),
+        _share("labels_f1", needs=_LABEL_SETS, of_classes=True, averaged=True, label="labels' macro F1"),
+        _share("labels_f1_micro", needs=_LABEL_SETS, label="labels' micro F1"),
+        _share("labels_f1_samples", needs=_LABEL_SETS, label="rows' F1"),
+        _share("labels_precision", needs=_LABEL_SETS, of_classes=True, averaged=True),
+        _share("labels_recall", needs=_LABEL_SETS, of_classes=True, averaged=True),
+        _share("labels_exact_match", needs=_LABEL_SETS, note="share of rows with exactly the right labels"),
+        _share(
+            "average_precision",
+            needs={"probabilities": "label_probabilities", "references": "true_labels"},
+            of_classes=True,
+            averaged=True,
+            note="precision at every recall, without a threshold",
+        ),
+        MetricSpec("rank_mae", needs=_RANKS, better="lower", note="mean distance from the right class, in classes"),
+        MetricSpec("quadratic_kappa", needs=_RANKS, lowest=-1.0, highest=1.0),
+        MetricSpec(
+            "mse",
+            needs=_NUMBERS,
+            rows=("predicted_numbers", "true_numbers"),
+            better="lower",
+            kept_as="times",
+            on_short_card=True,
+            label="MSE",
+            note="mean squared error, in the data's units; lower is better",
+        ),
+        MetricSpec("rmse", needs=_NUMBERS, better="lower"),
+        MetricSpec(
+            "mae",
+            needs=_NUMBERS,
+            rows=("predicted_numbers", "true_numbers"),
+            better="lower",
+            kept_as="times",
+            label="MAE",
+            note="mean absolute error, in the data's units; lower is better",
+        ),
+        MetricSpec("r2", needs=_NUMBERS, lowest=-math.inf, highest=1.0),
+        MetricSpec("pearson", needs=_NUMBERS, lowest=-1.0, highest=1.0),
         MetricSpec("confusion", needs=_PAIRS, of_classes=True, better=None, by_default=False),
+        _share("recall_at_1", needs={"ranks": "found_at"}, on_card=False),
+        _share("recall_at_10", needs={"ranks": "found_at"}, on_card=False),
+        MetricSpec("mrr", needs={"ranks": "first_relevant"}, highest=1.0, on_card=False),
+        MetricSpec("ndcg_at_10", needs={"gains": "gains", "ideal": "ideal_gains"}, highest=1.0, on_card=False),
+        _share("triplet_accuracy", needs={"right": "triplets_right"}, on_card=False),
+        MetricSpec(
+            "spearman_cosine",
+            needs={"cosines": "cosines", "scores": "scores"},
+            lowest=-1.0,
+            highest=1.0,
+            on_card=False,
+        ),
+        _share(
+            "entity_f1",
+            needs=_TAGS,
+            rows=("entities_right", "entities_predicted", "entities_true"),
+            of_classes=True,
+            of_entities=True,
+            kept_as="share",
+            on_short_card=True,
+            label="entity F1",
+            note="an entity counts as found if its words and its label are right",
+        ),
+        _share(
+            "entity_precision",
+            needs=_TAGS,
+            rows=("entities_right", "entities_predicted"),
+            of_classes=True,
+            of_entities=True,
+            kept_as="share",
+            label="precision",
+            note="share of the predicted entities that are right",
+        ),
+        _share(
+            "entity_recall",
+            needs=_TAGS,
+            rows=("entities_right", "entities_true"),
+            of_classes=True,
+            of_entities=True,
+            kept_as="share",
+            label="recall",
+            note="share of the true entities that are found",
+        ),
         _share(
             "map",
             needs={"predictions": "found", "references": "objects"},
@@ -158,12 +315,13 @@ METRICS: dict[str, MetricSpec] = {
         ),
         MetricSpec(
             "spearman",
+            needs=_NUMBERS,
             rows=("vectors",),
             lowest=-1.0,
             highest=1.0,
             on_short_card=True,
             label="Spearman",
-            note="rank correlation with the teacher's similarities of text pairs; 1 is equal",
+            note="rank correlation with the right numbers, or with the teacher's similarities of text pairs; 1 is equal",
         ),
         _share(
             "neighbour_recall",
@@ -222,9 +380,17 @@ METRICS: dict[str, MetricSpec] = {
 
 # The order on the report card; other metrics follow by name.
 CARD_ORDER = (
+    "squad_f1",
+    "squad_exact",
+    "entity_f1",
+    "entity_precision",
+    "entity_recall",
     "accuracy",
     "f1_macro",
     "exact_match",
+    "chrf",
+    "bleu",
+    *ROUGE,
     "perplexity",
     "token_accuracy",
     "loss",
@@ -253,16 +419,28 @@ def class_slugs(class_names: Sequence[str]) -> list[str]:
     return slugs[1:]
 
 
-def family_of(name: str, slugs: Sequence[str] | None = None) -> MetricSpec | None:
+def values_of(family: MetricSpec, class_names: Sequence[str]) -> dict[str, str]:
+    """Flat value of each class, or of each entity label, -> its name. Empty for a family with one value."""
+    if family.of_entities:
+        labels = [name.removeprefix("B-") for name in class_names if name.startswith("B-")]
+        return {f"{family.name}_{slug}": label for slug, label in zip(class_slugs(labels), labels, strict=True)}
+    if family.averaged:
+        return {f"{family.name}_{slug}": name for slug, name in zip(class_slugs(class_names), class_names, strict=True)}
+    return {}
+
+
+def family_of(name: str, class_names: Sequence[str] | None = None) -> MetricSpec | None:
     """The family of a family name or flat name; None if there is none.
 
-    Args: slugs: the class names in flat names; None: any class name is accepted.
+    Args: class_names: the classes; None: any name of a class is accepted.
     """
     if name in METRICS:
         return METRICS[name]
     for spec in METRICS.values():
-        class_name = name.removeprefix(f"{spec.name}_")
-        is_class = bool(class_name) if slugs is None else class_name in ("macro", *slugs)
-        if spec.averaged and class_name != name and is_class:
+        if name in (f"{spec.name}_{part}" for part in spec.parts):
+            return spec
+        if not (spec.averaged or spec.of_entities) or not name.startswith(f"{spec.name}_"):
+            continue
+        if class_names is None or name == spec.headline or name in values_of(spec, class_names):
             return spec
     return None

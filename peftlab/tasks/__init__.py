@@ -3,8 +3,22 @@
 from importlib import import_module
 
 from peftlab.specs.task_spec import TaskSpec
-from peftlab.tasks.base import Columns, FindsClasses, FindsObjects, Generates, Padding, Redraws, Task, TaskParts
+from peftlab.tasks.base import (
+    Chats,
+    Columns,
+    Contrasts,
+    FindsClasses,
+    FindsObjects,
+    FindsSettings,
+    Gathers,
+    Generates,
+    Padding,
+    Redraws,
+    Task,
+    TaskParts,
+)
 from peftlab.tasks.batch import Batch, collate_packed
+from peftlab.tasks.contrast import step_shares
 from peftlab.tasks.example import Encoded, Example, lengths_of
 from peftlab.tasks.outputs import OutputHead, Outputs, weighted_sum
 from peftlab.tasks.preview import Preview
@@ -19,10 +33,14 @@ def task_class(spec: TaskSpec) -> type[Task]:
 
 __all__ = [
     "Batch",
+    "Chats",
     "Columns",
+    "Contrasts",
     "Encoded",
     "Example",
     "FindsClasses",
+    "Gathers",
+    "FindsSettings",
     "FindsObjects",
     "Generates",
     "OutputHead",
@@ -34,6 +52,7 @@ __all__ = [
     "TaskParts",
     "collate_packed",
     "lengths_of",
+    "step_shares",
     "task_class",
     "weighted_sum",
 ]

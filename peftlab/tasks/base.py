@@ -38,10 +38,16 @@ class TaskParts:
         pooling: how token vectors become one vector; None: as in the model's files. sentences: returns their settings:
             ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
         style, control_tokens: see ``data.chat.Formatter``.
-        padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
+        padding: how the family of the model is padded. causal: whether a token of it sees only those before.
+        end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
-        augmentation: random changes of training images. min_score: the least score of an object in a prediction.
-        config: the model's, for an image task whose loss depends on it.
+        token_types: number of types of tokens that the model reads; 0: it reads none. hidden_size: width of its hidden states, if its
+            config says so.
+        augmentation: random changes of training images. config: the model's, for an image task whose loss depends on it.
+        max_target_length: longest target in tokens. decoder_start: the token before each target of an encoder-decoder; None:
+            the last token of the target.
+        settings: values of the recipe keys in ``TaskSpec.settings``, such as ``data.stride``, by key. found: see
+            ``FindsSettings``.
     """
 
     reader: Any
@@ -59,10 +65,16 @@ class TaskParts:
     style: Style | None = None
     control_tokens: ControlRule = "auto"
     padding: Padding = "right"
+    causal: bool = False
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
+    token_types: int = 0
+    hidden_size: int | None = None
     augmentation: Augmentation | None = None
-    min_score: float = 0.5
+    max_target_length: int | None = None
+    decoder_start: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    found: Mapping[str, Any] = field(default_factory=dict)
     config: Any = None
 
     def column(self, part: str) -> str:
@@ -158,10 +170,27 @@ class FindsClasses(Task, Protocol):
         """The names in index order. Raises: DataError if there are too few. Args: parts: without classes."""
 
 
+class FindsSettings(Task, Protocol):
+    """A task with settings that come from the training rows (``spec.finds_settings``), such as the scale of the scores, or
+    from the trained model, such as thresholds. A run keeps them."""
+
+    @classmethod
+    def find_settings(cls, parts: TaskParts, rows: Rows) -> dict[str, Any]:
+        """Plain values for ``TaskParts.found``. Raises: DataError. Args: parts: without classes."""
+
+    def before_training(self, model: nn.Module, *, trained_before: bool) -> None:
+        """Prepares ``model``. Args: trained_before: whether its head comes from an earlier training. Raises: RecipeError."""
+
+    def after_training(self, model: nn.Module, examples: Sequence[Example], *, batch_tokens: int) -> dict[str, Any]:
+        """Finishes a model as it was trained, and returns the settings. Args: examples: the training rows."""
+
+    def of_checkpoint(self) -> None:
+        """The model that comes next is of a training that has not ended."""
+
+
 class Generates(Task, Protocol):
     """A task that writes text (``spec.generates``). Attributes: silent_ids: tokens of an answer that are no part of its text."""
 
-    formatter: Any
     silent_ids: frozenset[int]
 
     def generate(
@@ -177,11 +206,14 @@ class Generates(Task, Protocol):
     def encode_answers(self, rows: Rows, answers: Sequence[np.ndarray], *, max_length: int) -> Encoded:
         """The rows with a model's ``answers`` in place of their own."""
 
-    def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the model's ``generate``."""
+    def score_answers(self, model: nn.Module, batch: Batch) -> Columns:
+        """The columns in the spec's ``answer_scores``, from texts that the model writes; not called if there are none."""
 
-    def conversation_ids(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
-        """The tokens of a conversation in memory up to where the model answers."""
+    def answers_need(self, rows: Rows) -> None:
+        """Raises DataError if these rows have no prompts that a model could answer."""
+
+    def prompt_text(self, rows: Rows, index: int) -> str:
+        """What the model reads before the answer of a row, as text."""
 
     def prompt_lengths(self, rows: Rows) -> list[int]:
         """The number of tokens before the answer of each row."""
@@ -193,11 +225,43 @@ class Generates(Task, Protocol):
         """Whether the last token of an answer can end it."""
 
 
+class Chats(Generates, Protocol):
+    """A task that answers conversations (``spec.chats``)."""
+
+    formatter: Any
+
+    def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the model's ``generate``."""
+
+    def conversation_ids(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
+        """The tokens of a conversation in memory up to where the model answers."""
+
+
 class Redraws(Task, Protocol):
     """A task whose examples change on each pass, such as redrawn masks (``spec.redraws``)."""
 
     def redraw(self, example: Example, rng: np.random.Generator) -> Example:
-        """``example`` for this pass, with the same length; ``rng`` depends on the seed, the step and the row."""
+        """``example`` for this pass, with the same length and weight; ``rng`` depends on the seed, the step and the example."""
+
+
+class Contrasts(Task, Protocol):
+    """A task whose loss may compare all rows of an optimizer step (``spec.contrasts``).
+
+    The loop then runs the micro-batches of a step twice. The first pass has no gradients and gives all vectors of the step;
+    their loss gives the derivative with respect to each vector. In the second pass, with the same dropout masks, ``loss_sum``
+    of a batch with ``Batch.share`` returns the batch's part of that loss, with these derivatives.
+    """
+
+    @property
+    def whole_step(self) -> bool:
+        """Whether the loss of a row depends on other rows."""
+
+
+class Gathers(Task, Protocol):
+    """A task whose metrics need all held-out rows together (``spec.gathers``)."""
+
+    def gathered(self, parts: Sequence[Mapping[str, Any]]) -> Columns:
+        """The columns in the spec's ``scores``, from what ``score`` returned for each batch."""
 
 
 class FindsObjects(Task, Protocol):

@@ -14,6 +14,19 @@ from peftlab.tasks.example import Example
 
 
 @dataclass(frozen=True)
+class StepShare:
+    """The share of a micro-batch in a loss over all rows of the optimizer step.
+
+    Attributes:
+        loss: [] the weighted losses of its rows, summed. gradients: [N, H] the derivative of the step's sum with respect to its
+            outputs.
+    """
+
+    loss: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """The tensors of a micro-batch.
 
@@ -24,14 +37,20 @@ class Batch:
             these, without a mask and a cache.
         weights: [B] float64 weights of the examples, as the divisor of the step sums them.
         examples: the examples in the batch, in order.
-        trained: [B, T] bool or None. labels: [B, ...] the labels, or None.
+        trained: [B, T] bool or None. allowed: [B, T] bool, the positions that can be predicted; None: it is not positions that
+            are predicted. labels: [B, ...] the labels, or None.
+        texts: number of texts of each example; ``inputs`` has so many rows of each, one after the other.
+        share: the share of the batch in a loss over the whole step; None: its loss is computed from it alone.
     """
 
     inputs: dict[str, Tensor]
     weights: Tensor
     examples: tuple[Example, ...]
     trained: Tensor | None = None
+    allowed: Tensor | None = None
     labels: Tensor | None = None
+    texts: int = 1
+    share: StepShare | None = None
 
     @property
     def input_ids(self) -> Tensor:
@@ -55,12 +74,14 @@ class Batch:
         if self.packed:
             return collate_packed(examples, device=self.device)
         own = list(chosen)
+        inner = [i * self.texts + j for i in own for j in range(self.texts)]
         return replace(
             self,
-            inputs={name: tensor[own] for name, tensor in self.inputs.items()},
+            inputs={name: tensor[inner] for name, tensor in self.inputs.items()},
             weights=self.weights[own],
             examples=examples,
             trained=None if self.trained is None else self.trained[own],
+            allowed=None if self.allowed is None else self.allowed[own],
             labels=None if self.labels is None else self.labels[own],
         )
 
@@ -89,6 +110,19 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: Any, left: bool
         examples=tuple(examples),
         trained=torch.as_tensor(trained).to(device) if examples[0].trained is not None else None,
         labels=stacked_labels(examples, device),
+    )
+
+
+def collate_texts(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
+    """Pads the texts of ``examples``, equally many of each, on the right to the longest of them."""
+    (count,) = {len(e.texts) for e in examples}
+    texts = [Example(ids, e.row, e.weight) for e in examples for ids in e.texts]
+    return replace(
+        collate(texts, pad_id=pad_id, device=device),
+        weights=example_weights(examples, device),
+        examples=tuple(examples),
+        labels=stacked_labels(examples, device),
+        texts=count,
     )
 
 
@@ -159,7 +193,8 @@ def of_one_length(examples: Sequence[Example]) -> list[list[int]]:
 
 
 def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any, left: bool = False) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` [B, T] by transformers' conventions, row by row."""
+    """``input_ids``, ``attention_mask`` and ``token_type_ids``, if rows have them, [B, T] by transformers' conventions, row by
+    row."""
     longest = max(len(e) for e in examples)
     ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -167,7 +202,13 @@ def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any, left
         where = _span(len(example), longest, left)
         ids[row, where] = torch.from_numpy(example.ids.astype(np.int64))
         mask[row, where] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if any("token_type_ids" in example.extra for example in examples):
+        types = inputs["token_type_ids"] = torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            own = example.extra["token_type_ids"].astype(np.int64)
+            types[row, _span(len(example), longest, left)] = torch.from_numpy(own)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _span(length: int, longest: int, left: bool) -> slice:

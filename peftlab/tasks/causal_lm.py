@@ -10,16 +10,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlab.data import Ledger, Rows, Tokens, answered, check_ids, eval_batches, fit_lengths, pieces, tokenize
+from peftlab.data import (
+    Ledger,
+    Rows,
+    Tokens,
+    answered,
+    block_bounds,
+    check_ids,
+    eval_batches,
+    fit_lengths,
+    pieces,
+    tokenize,
+)
 from peftlab.data.chat import Formatter
 from peftlab.data.chat_template import Rendered
 from peftlab.data.values import EmptyValueError, is_empty
-from peftlab.errors import DataError
+from peftlab.errors import DataError, RecipeError
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
 from peftlab.tasks.batch import Batch, collate, padded_inputs
 from peftlab.tasks.choices import Choices
-from peftlab.tasks.example import Encoded, Example
+from peftlab.tasks.example import Encoded, Example, lengths_of, trained_of
 from peftlab.tasks.generation import Generator, sampling_kwargs
 from peftlab.tasks.inputs import EMPTY_TEXT, NO_LABEL, blank_values, unusable_rows
 from peftlab.tasks.lm_head import LMHead
@@ -101,6 +112,12 @@ class CausalLM:
         self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
     ) -> Encoded:
         self.formatter.recognise(rows)
+        if (splits := too_long == "split") and self.formatter.style != "text":
+            raise RecipeError(
+                "split cuts plain text into blocks, but these rows have a prompt and an answer, which belong together; use "
+                "truncate or drop, or raise data.max_length",
+                key="data.too_long",
+            )
         ledger = self._ledger(rows, max_length=max_length, too_long=too_long)
         if self._choices and len(rows):
             self._encode_choices(self._choices, rows)
@@ -112,9 +129,11 @@ class CausalLM:
             # A truncated choice is no longer one of the choices.
             kept[(trained == 0) | (bool(self._choices) & (trained < tokens.num_trained(tokens.lengths)))] = 0
             labels = self._choices.labels(rows, first, tokens, kept, self.tokenizer) if self._choices else None
-            ledger.add(first, tokens, kept, labels)
+            made = list(_examples(first, tokens, kept, labels, size=max_length)) if keep or splits else []
+            blocks = lengths_of(made), trained_of(made)
+            ledger.add(first, tokens, kept, labels, examples=blocks if splits else None)
             if keep:
-                examples += _examples(first, tokens, kept, trained, labels)
+                examples += made
         return Encoded(examples, ledger)
 
     def _render(self, rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]) -> list[Rendered]:
@@ -135,7 +154,7 @@ class CausalLM:
         kept = np.where(trained > 0, tokens.lengths, 0)
         assert int(kept.max(initial=0)) <= max_length
         ledger.add(0, tokens, kept)
-        return Encoded(list(_examples(0, tokens, kept, trained, None)), ledger)
+        return Encoded(list(_examples(0, tokens, kept, None, size=max_length)), ledger)
 
     def _ledger(self, rows: Rows, *, max_length: int, too_long: str) -> Ledger:
         return Ledger(
@@ -339,6 +358,21 @@ class CausalLM:
     def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
         return self._generator.kwargs(max_new_tokens, sampling)
 
+    def score_answers(self, model: nn.Module, batch: Batch) -> Columns:
+        """No columns: the metrics of answers are not for chats and prompts."""
+        return {}
+
+    def answers_need(self, rows: Rows) -> None:
+        if self.formatter.style == "text":
+            raise DataError(
+                "on_policy and answers need prompts to answer, but these rows are plain text: expected messages, prompt and "
+                "completion, or a template",
+                key=self.formatter.key,
+            )
+
+    def prompt_text(self, rows: Rows, index: int) -> str:
+        return self.formatter.render_prompt(rows.row(index), rows.where(index)).text
+
     def prompt_lengths(self, rows: Rows) -> list[int]:
         """The number of tokens before the answer of each row."""
         return [len(ids) for ids in self._rows_prompt_ids(rows)]
@@ -404,9 +438,19 @@ def _cut(prompt: np.ndarray, room: int) -> dict[str, str]:
 
 
 def _examples(
-    first: int, tokens: Tokens, kept: np.ndarray, trained: np.ndarray, labels: np.ndarray | None
+    first: int, tokens: Tokens, kept: np.ndarray, labels: np.ndarray | None, *, size: int
 ) -> Iterator[Example]:
+    """An example per row, or per block of ``size`` tokens of a longer one. A block begins with the last token of the block
+    before it, which predicts its first trained token: every token but the first of a row is trained once."""
     for i in np.flatnonzero(kept).tolist():
-        span = tokens.row(i, int(kept[i]))
         label = int(labels[i]) if labels is not None else None
-        yield Example(tokens.ids[span], first + i, float(trained[i]), trained=tokens.trained[span], label=label)
+        start = int(tokens.bounds[i])
+        for block, (a, b) in enumerate(block_bounds(int(kept[i]), size, overlap=1)):
+            trained = tokens.trained[start + a : start + b]
+            if block:
+                trained = trained.copy()
+                trained[0] = False
+            weight = float(trained.sum())
+            if weight:
+                ids = tokens.ids[start + a : start + b]
+                yield Example(ids, first + i, weight, trained=trained, label=label, part=block)

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from peftlab.data import Rows, nearest_label, read_labels
+from peftlab.data import Ledger, Rows, nearest_label, read_labels
 from peftlab.errors import DataError, RecipeError, listed
 from peftlab.tasks.base import Columns, TaskParts
-from peftlab.tasks.batch import Batch, example_weights, stacked_labels
+from peftlab.tasks.batch import example_weights, stacked_labels
 from peftlab.tasks.example import Example
-from peftlab.tasks.outputs import Outputs, cross_entropy, weighted_sum
+from peftlab.tasks.outputs import Outputs, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,16 @@ class Labels:
         value_names: value in that column -> class. bins: cut points and class names of a numeric column.
         class_weights: weight of each class in the loss, by name, or ``balanced`` (inverse frequency of the training
             rows, mean 1 over them), or ``none``.
+        key: the recipe key that names the column.
     """
 
     names: list[str]
     column: str = "label"
+    scored = 1
     value_names: Mapping[str, str] | None = None
     bins: tuple[list[float], list[str]] | None = None
     class_weights: str | Mapping[str, float] = "none"
+    key: str = "data.columns.label"
 
     def __post_init__(self) -> None:
         if not isinstance(self.class_weights, Mapping):
@@ -66,58 +69,70 @@ class Labels:
             "label2id": {name: i for i, name in enumerate(self.names)},
         }
 
-    def read(self, rows: Rows) -> list[str]:
-        """Class name of each row. Unused ``value_names`` are checked where the classes are collected."""
-        return read_labels(rows, self.column, label_names=self.value_names, bins=self.bins, all_names_used=False)
+    @property
+    def read_columns(self) -> set[str]:
+        return {self.column}
 
-    def indices(self, rows: Rows) -> np.ndarray:
+    def texts(self, rows: Rows) -> list[str]:
+        """Class name of each row. Unused ``value_names`` are checked where the classes are collected."""
+        return read_labels(
+            rows, self.column, key=self.key, label_names=self.value_names, bins=self.bins, all_names_used=False
+        )
+
+    def values(self, rows: Rows) -> np.ndarray:
         """[N] class index of each row. Raises: DataError for an unknown label."""
         index = {name: i for i, name in enumerate(self.names)}
-        labels = self.read(rows)
+        labels = self.texts(rows)
         for i, label in enumerate(labels):
             if label not in index:
                 raise DataError(
                     f"{rows.where(i)}: label {label!r} does not occur in the training data, whose labels are "
                     f"{listed(self.names)}{nearest_label(label, self.names)}",
-                    key="data.columns.label",
+                    key=self.key,
                 )
         return np.array([index[label] for label in labels], dtype=np.int64)
 
-    def weights(self, labels: np.ndarray | None, *, training: bool) -> list[float]:
-        """Weight of each class, for rows with these class indices."""
-        if labels is None or not training or self.class_weights == "none":
-            return [1.0] * len(self.names)
+    def weights(self, values: np.ndarray | None, count: int, *, training: bool) -> list[float]:
+        """Weight of each row, by its class."""
+        if values is None or not training or self.class_weights == "none":
+            return [1.0] * count
         if isinstance(self.class_weights, Mapping):
-            return [self.class_weights[name] for name in self.names]
-        counts = np.bincount(labels, minlength=len(self.names))
-        return [len(labels) / (len(counts) * max(1, int(count))) for count in counts]
+            of_class = [self.class_weights[name] for name in self.names]
+        else:
+            counts = np.bincount(values, minlength=len(self.names))
+            of_class = [len(values) / (len(counts) * max(1, int(rows))) for rows in counts]
+        return [of_class[i] for i in values.tolist()]
 
+    def note(self, ledger: Ledger, values: np.ndarray | None) -> np.ndarray | None:
+        return values
 
-def outputs_of(logits: Tensor, batch: Batch) -> Outputs:
-    """One scored position per row."""
-    return Outputs(logits, [1] * len(logits), targets=batch.labels, weights=batch.weights)
+    def outputs(self, logits: Tensor, labels: Tensor | None, weights: Tensor) -> Outputs:
+        """One scored position per row."""
+        return Outputs(logits, [1] * len(logits), targets=labels, weights=weights)
 
+    def reference(self, logits: Tensor, examples: list[Example], device: Any) -> Outputs:
+        targets, weights = stacked_labels(examples, device), example_weights(examples, device)
+        return Outputs(logits, [1] * len(examples), targets=targets, weights=weights)
 
-def reference_outputs_of(logits: Tensor, examples: list[Example], device: Any) -> Outputs:
-    """The same, from the examples."""
-    weights = example_weights(examples, device)
-    return Outputs(logits, [1] * len(examples), targets=stacked_labels(examples, device), weights=weights)
+    def losses(self, outputs: Outputs) -> Tensor:
+        return cross_entropy(outputs)
 
+    def columns(self, outputs: Outputs, labels: Tensor) -> Columns:
+        logits = outputs.logits()
+        nll = F.cross_entropy(logits, labels, reduction="sum")
+        return {
+            "nll_sum": float(nll),
+            "num_scored": len(logits),
+            "predictions": logits.argmax(-1).tolist(),
+            "references": labels.tolist(),
+        }
 
-def labels_loss_sum(task: Any, model: nn.Module, batch: Batch) -> Tensor:
-    return weighted_sum(cross_entropy(task.outputs(model, batch)), batch.weights)
+    def results(self, outputs: Outputs) -> list[dict[str, Any]]:
+        """``{"label", "probability", "probabilities": {name: p}}`` of each row."""
+        return [prediction(probs, self.names) for probs in outputs.logits().softmax(-1).tolist()]
 
-
-def labels_score(task: Any, model: nn.Module, batch: Batch) -> Columns:
-    assert batch.labels is not None
-    logits = task.outputs(model, batch).logits()
-    nll = F.cross_entropy(logits, batch.labels, reduction="sum")
-    return {
-        "nll_sum": float(nll),
-        "num_scored": len(logits),
-        "predictions": logits.argmax(-1).tolist(),
-        "references": batch.labels.tolist(),
-    }
+    def no_result(self) -> dict[str, Any]:
+        return no_prediction(self.names)
 
 
 def prediction(probs: list[float], names: list[str]) -> dict[str, Any]:

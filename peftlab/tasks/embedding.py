@@ -1,9 +1,9 @@
-"""Sentence embeddings: a vector per text, learned from a teacher's vectors."""
+"""Sentence embeddings: a vector per text, learned from a teacher's vectors. ``embedding_sets`` has the rows of several texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -12,14 +12,15 @@ from torch.nn import functional as F
 
 from peftlab.data import Ledger, Rows, check_ids, eval_batches, fit_lengths
 from peftlab.errors import RecipeError
+from peftlab.specs.task_spec import TaskSpec
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
-from peftlab.tasks.batch import Batch, by_length, collate, example_weights, of_one_length, padded_inputs
+from peftlab.tasks.batch import Batch, by_length, collate_texts, example_weights, of_one_length, padded_inputs
 from peftlab.tasks.example import Encoded, Example
-from peftlab.tasks.inputs import EMPTY_TEXT, blank_values, cut_note
+from peftlab.tasks.inputs import blank_values, cut_note, empty_role
 from peftlab.tasks.outputs import Outputs, at_least_float32
 from peftlab.tasks.preview import Preview, preview
-from peftlab.tasks.texts import Texts, fitted
+from peftlab.tasks.texts import TextSets, cut, side_by_side
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -27,13 +28,17 @@ POOLINGS = ("mean", "cls", "last")
 class Embedding:
     """See ``base.Task``.
 
+    Attributes: roles: what the texts of a row are for the task.
+
     Args:
+        columns: role -> column of its texts; default: the roles' own names.
         pooling: mean over the tokens of a text, its first (cls) or its last token.
         normalize: whether a vector is divided by its length.
         files: writes the tokenizer and its related files, with ``save_pretrained(folder)``.
     """
 
-    spec = TASKS["embedding"]
+    spec: TaskSpec = TASKS["embedding"]
+    roles: tuple[str, ...] = ("text",)
     class_names = None
 
     def __init__(
@@ -42,7 +47,7 @@ class Embedding:
         *,
         pooling: str,
         normalize: bool,
-        text_column: str = "text",
+        columns: Mapping[str, str] | None = None,
         files: Any = None,
         max_length: int | None = None,
         padding: Padding = "right",
@@ -52,10 +57,10 @@ class Embedding:
         self.tokenizer, self.files, self.max_length = tokenizer, files or tokenizer, max_length
         self._pooling, self._normalize, self.padding = pooling, normalize, padding
         self._num_embeddings = num_embeddings
-        self._texts = Texts(tokenizer, text_column)
+        self._texts = TextSets(tokenizer, {role: (columns or {}).get(role, role) for role in self.roles})
 
     @classmethod
-    def make(cls, parts: TaskParts) -> Embedding:
+    def make(cls, parts: TaskParts) -> Self:
         """The task of ``parts``. Raises: RecipeError if the model's files set an unsupported pooling."""
         assert parts.sentences is not None
         files = parts.sentences()
@@ -69,20 +74,26 @@ class Embedding:
             parts.reader,
             pooling=pooling,
             normalize=files.normalize,
-            text_column=parts.column("text"),
+            columns=parts.columns,
             files=files.writer(parts.reader, pooling=pooling),
             max_length=files.max_length,
             padding=parts.padding,
             num_embeddings=parts.num_embeddings,
+            **cls._options(parts),
         )
+
+    @classmethod
+    def _options(cls, parts: TaskParts) -> dict[str, Any]:
+        """Further arguments of the class."""
+        return {}
 
     @property
     def read_columns(self) -> set[str]:
-        return {self._texts.column}
+        return set(self._texts.columns)
 
     @classmethod
     def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
-        return blank_values(rows, {parts.column("text"): EMPTY_TEXT})
+        return blank_values(rows, {parts.column(role): empty_role(role) for role in cls.roles})
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}
@@ -92,22 +103,47 @@ class Embedding:
     ) -> Encoded:
         ledger = Ledger(rows, self.tokenizer, max_length=max_length, too_long=too_long, keep_last=True, style="texts")
         examples: list[Example] = []
-        for first, tokens in self._texts.pieces(rows):
-            kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
-            ledger.add(first, tokens, kept)
-            if keep:
-                examples += [Example(ids, first + i, 1.0) for i, ids in fitted(tokens, kept)]
+        targets = self._targets(rows) if labelled else None
+        for first, parts in self._texts.pieces(rows):
+            lengths = [tokens.lengths for tokens in parts]
+            fits = [fit_lengths(own, max_length=max_length, too_long=too_long) for own in lengths]
+            used = np.all([kept > 0 for kept in fits], axis=0)  # a row with a text that is left out is left out
+            long = np.any([own > max_length for own in lengths], axis=0)
+            tokens = side_by_side(
+                [cut(own, np.where(used, kept, own.lengths)) for own, kept in zip(parts, fits, strict=True)]
+            )
+            ledger.add(first, tokens, np.where(used, tokens.lengths, 0), long=long)
+            for i in np.flatnonzero(used).tolist() if keep else ():
+                label = None if targets is None else float(targets[first + i])
+                sizes = tuple(int(kept[i]) for kept in fits)
+                examples.append(self._example(tokens.ids[tokens.row(i)], first + i, sizes, label))
         return Encoded(examples, ledger)
 
+    def _targets(self, rows: Rows) -> np.ndarray | None:
+        """[N] the score of each row; None: rows have none. Raises: DataError."""
+        return None
+
+    def _example(self, ids: np.ndarray, row: int, sizes: tuple[int, ...], label: float | None = None) -> Example:
+        count = len(sizes)
+        return Example(ids, row, float(count), label=label, scored=count, sizes=sizes if count > 1 else ())
+
     def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
-        tokens = self._texts.row(rows, index)
-        return preview(rows.where(index), tokens, self.tokenizer, max_length=max_length, keep_last=True)
+        targets = self._targets(rows.select([index])) if labelled else None
+        segments: list[tuple[str, str, bool]] = []
+        removed = 0
+        for role, tokens in zip(self.roles, self._texts.row(rows, index), strict=True):
+            own = preview(rows.where(index), tokens, self.tokenizer, max_length=max_length, keep_last=True)
+            named = [(f"{role}: ", "tokenizer", False)] if len(self.roles) > 1 else []
+            segments += [*([("\n", "tokenizer", False)] if segments else []), *named, *own.segments]
+            removed += own.cut
+        return Preview(rows.where(index), segments, None if targets is None else f"{targets[0]:g}", removed)
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
-        return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
+        return collate_texts(examples, pad_id=self.tokenizer.pad_token_id, device=device)
 
     def probe(self, ids: np.ndarray) -> Example:
-        return Example(ids, 0, 1.0)
+        count = len(self.roles)
+        return self._example(np.tile(ids, count), 0, (len(ids),) * count)
 
     def losses(self, outputs: Outputs) -> Tensor:
         raise ValueError("texts have no labels, so the loss needs a teacher's vectors")
@@ -120,7 +156,7 @@ class Embedding:
             return self._pooled(_own_tokens(model(**inputs).last_hidden_state, inputs), inputs)
 
         vectors = by_length(call, batch.inputs) if self.padding == "none" else call(batch.inputs)
-        return self._outputs(vectors, batch.weights)
+        return self._outputs(vectors, batch.examples, batch.weights)
 
     def _pooled(self, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """[B, H] one vector per row of ``hidden`` [B, T, H]."""
@@ -132,28 +168,39 @@ class Embedding:
         ends = torch.full_like(inputs["input_ids"][:, 0], hidden.shape[1]) if mask is None else mask.sum(1)
         return hidden[torch.arange(len(hidden), device=hidden.device), ends - 1]
 
-    def _outputs(self, vectors: Tensor, weights: Tensor) -> Outputs:
+    def _outputs(self, vectors: Tensor, examples: Sequence[Example], weights: Tensor) -> Outputs:
+        """Args: vectors: [N, H] of the texts of ``examples``. weights: [B] of the examples."""
         vectors = F.normalize(vectors, dim=-1) if self._normalize else vectors
-        return Outputs(vectors, [1] * len(vectors), vectors=True, weights=weights)
+        counts = [e.scored for e in examples]
+        weights = (weights / torch.tensor(counts, device=weights.device)).repeat_interleave(
+            torch.tensor(counts, device=weights.device)
+        )
+        return Outputs(vectors, counts, vectors=True, targets=self._compared(examples, vectors.device), weights=weights)
+
+    def _compared(self, examples: Sequence[Example], device: Any) -> Tensor | None:
+        """[N] what the loss compares the vectors with; None without labels."""
+        return None
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
         """The vector of each text, computed on its own tokens only."""
-        groups = of_one_length(examples) if self.padding == "none" else [list(range(len(examples)))]
+        texts = [Example(ids, e.row, e.weight) for e in examples for ids in e.texts]
+        groups = of_one_length(texts) if self.padding == "none" else [list(range(len(texts)))]
         hidden: dict[int, Tensor] = {}
         for group in groups:
-            inputs = padded_inputs([examples[i] for i in group], pad_id=self.tokenizer.pad_token_id, device=device)
+            inputs = padded_inputs([texts[i] for i in group], pad_id=self.tokenizer.pad_token_id, device=device)
             hidden |= zip(group, _own_tokens(model(**inputs).last_hidden_state, inputs), strict=True)
-        texts = [hidden[i][: len(e)] for i, e in enumerate(examples)]
+        own = [hidden[i][: len(text)] for i, text in enumerate(texts)]
         pools: dict[str, Callable[[Tensor], Tensor]]
         pools = {"mean": lambda t: t.sum(0) / len(t), "cls": lambda t: t[0], "last": lambda t: t[-1]}
-        return self._outputs(torch.stack([pools[self._pooling](t) for t in texts]), example_weights(examples, device))
+        vectors = torch.stack([pools[self._pooling](t) for t in own])
+        return self._outputs(vectors, examples, example_weights(examples, device))
 
     def score(self, model: nn.Module, batch: Batch) -> Columns:
         """No columns: there are no labels."""
         return {}
 
     def row_from_text(self, text: str) -> dict[str, Any]:
-        return {self._texts.column: text}
+        return {self._texts.columns[0]: text}
 
     def unusable(self, rows: Rows) -> dict[int, str]:
         return self._texts.unusable(rows)
@@ -165,17 +212,31 @@ class Embedding:
     def predict(
         self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **_: Any
     ) -> Iterator[dict[str, Any]]:
-        """Yields ``{"vector": [H numbers]}`` per row; longer texts are truncated."""
-        encoded = self.encode(rows, max_length=max_length, too_long="truncate", training=False)
-        examples, lengths = encoded.examples, encoded.ledger.row_lengths.tolist()
-        for example in examples:
-            check_ids(self.tokenizer, example.ids, self._num_embeddings, rows.where(example.row))
+        """Yields ``{"vector": [H numbers]}`` per row, of its first text; with more texts the ``cosine`` of the first and the
+        second too, and ``cosine_ROLE`` of the first and each other; longer texts are truncated."""
+        texts = self._texts.present(rows)
+        examples, lengths = list[Example](), list[int]()
+        for first, parts in texts.pieces(rows):
+            fits = [fit_lengths(own.lengths, max_length=max_length, too_long="truncate") for own in parts]
+            tokens = side_by_side([cut(own, kept) for own, kept in zip(parts, fits, strict=True)])
+            for i in range(len(tokens)):
+                ids: np.ndarray = tokens.ids[tokens.row(i)]
+                examples.append(self._example(ids, first + i, tuple(int(kept[i]) for kept in fits)))
+                check_ids(self.tokenizer, ids, self._num_embeddings, rows.where(first + i))
+            lengths += np.sum([own.lengths for own in parts], axis=0).tolist()
         device = next(model.parameters()).device
-        results: dict[int, list[float]] = {}
+        results: dict[int, dict[str, Any]] = {}
         for part in eval_batches([len(e) for e in examples], batch_tokens):
-            vectors = self.outputs(model, self.collate([examples[i] for i in part], device)).values
-            results |= dict(zip(part.tolist(), vectors.tolist(), strict=True))
-        yield from ({"vector": results[i]} | cut_note(lengths[i], len(examples[i])) for i in range(len(examples)))
+            outputs = self.outputs(model, self.collate([examples[i] for i in part], device))
+            for i, vectors in zip(part.tolist(), outputs.values.split(list(outputs.counts)), strict=True):
+                results[i] = self._result(vectors, [t.roles[0] for t in texts.texts])
+        yield from (results[i] | cut_note(lengths[i], len(examples[i])) for i in range(len(examples)))
+
+    def _result(self, vectors: Tensor, roles: Sequence[str]) -> dict[str, Any]:
+        """The result of ``predict`` for a row. Args: vectors: [K, H] of its texts, of these roles."""
+        cosines = F.cosine_similarity(vectors[:1], vectors[1:], dim=-1).tolist()
+        names = ["cosine", *(f"cosine_{role}" for role in roles[2:])]
+        return {"vector": vectors[0].tolist(), **dict(zip(names, cosines, strict=False))}
 
 
 def _own_tokens(hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -18,7 +18,8 @@ class Example:
     """One encoded row.
 
     Attributes:
-        ids: [T] int32 token ids; empty for an image.
+        ids: [T] int32 token ids; empty for an image. sizes: the number of tokens of each of its texts, which ``ids`` holds one
+            after the other; empty: it is one text.
         row: index into the ``Rows`` it came from, for messages.
         weight: its contribution to the step's normaliser: the sum of the weights of its scored positions, such as trained
             tokens (causal_lm) or the weight of its class (seq_cls).
@@ -28,7 +29,9 @@ class Example:
         image: the image instead of tokens, read when it is batched.
         extra: additional inputs of the model by name, such as the ids of a decoder.
         scored: number of scored positions; only if ``trained`` is None.
+        part: which of the row's examples it is, as the windows of a long context or the blocks of a long text.
         reference: what a prediction is compared with, if that is more than ``label``, such as texts or boxes.
+        block: its number among the blocks of a row that is split (data.too_long).
     """
 
     ids: np.ndarray
@@ -40,6 +43,18 @@ class Example:
     extra: Mapping[str, np.ndarray] = field(default_factory=lambda: _NOTHING)
     scored: int = 1
     reference: Any = None
+    part: int = 0
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Identifies it among the examples of a data set."""
+        return self.row, self.part
+
+    @property
+    def texts(self) -> list[np.ndarray]:
+        """The token ids of each of its texts."""
+        return np.split(self.ids, np.cumsum(self.sizes)[:-1]) if self.sizes else [self.ids]
 
     @property
     def num_scored(self) -> int:
@@ -58,6 +73,11 @@ class Encoded:
     ledger: Ledger
 
     @property
+    def num_rows(self) -> int:
+        """The number of rows that have examples."""
+        return len({example.row for example in self.examples})
+
+    @property
     def lengths(self) -> np.ndarray:
         return lengths_of(self.examples)
 
@@ -65,3 +85,8 @@ class Encoded:
 def lengths_of(examples: Sequence[Example]) -> np.ndarray:
     """[N] int64 tokens of each example."""
     return np.array([len(e) for e in examples], dtype=np.int64)
+
+
+def trained_of(examples: Sequence[Example]) -> np.ndarray:
+    """[N] int64 trained tokens of each example."""
+    return np.array([e.num_scored for e in examples], dtype=np.int64)

@@ -14,18 +14,10 @@ from peftlab.data import Augmentation, Ledger, Rows, eval_batches, read_images, 
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
 from peftlab.tasks.batch import Batch, example_weights, stacked_labels
-from peftlab.tasks.classification import (
-    Labels,
-    labels_loss_sum,
-    labels_score,
-    no_prediction,
-    outputs_of,
-    prediction,
-    reference_outputs_of,
-)
+from peftlab.tasks.classification import Labels
 from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.inputs import NO_IMAGE, NO_LABEL, blank_values, unusable_rows
-from peftlab.tasks.outputs import Outputs, cross_entropy
+from peftlab.tasks.outputs import Outputs, weighted_sum
 from peftlab.tasks.preview import Preview
 
 _NO_IDS = np.zeros(0, dtype=np.int32)
@@ -69,8 +61,8 @@ class ImageClassification:
     def encode(
         self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
     ) -> Encoded:
-        labels = self._labels.indices(rows) if labelled else None
-        weights = self._labels.weights(labels, training=training)
+        labels = self._labels.values(rows) if labelled else None
+        weights = self._labels.weights(labels, len(rows), training=training)
         ledger = Ledger(
             rows, None, max_length=max_length, too_long=too_long, class_names=self.class_names, style="images"
         )
@@ -79,15 +71,14 @@ class ImageClassification:
             hashes[i] = digest
             if keep:
                 label = None if labels is None else int(labels[i])
-                weight = 1.0 if label is None else weights[label]
-                examples.append(Example(_NO_IDS, i, weight, label=label, image=image))
+                examples.append(Example(_NO_IDS, i, weights[i], label=label, image=image))
         ledger.add_whole(hashes, np.full(len(rows), self.tokenizer.length), labels)
         return Encoded(examples, ledger)
 
     def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
         row = rows.select([index])
         ((image, _),) = read_images(row, self._image_column, length=self.tokenizer.length)
-        label = self._labels.read(row)[0] if labelled else None
+        label = self._labels.texts(row)[0] if labelled else None
         return Preview(rows.where(index), [(size_text(image) + augmented_text(self._augment), "image", False)], label)
 
     def redraw(self, example: Example, rng: np.random.Generator) -> Example:
@@ -106,24 +97,27 @@ class ImageClassification:
         return example.image.pixels(self.tokenizer.mode)
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        return labels_loss_sum(self, model, batch)
+        outputs = self.outputs(model, batch)
+        return weighted_sum(self.losses(outputs), outputs.weights)
 
     def probe(self, ids: np.ndarray) -> Example:
         raise TypeError("an image has no tokens")
 
     def losses(self, outputs: Outputs) -> Tensor:
-        return cross_entropy(outputs)
+        return self._labels.losses(outputs)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        return outputs_of(model(**as_weights(model, batch.inputs)).logits, batch)
+        return self._labels.outputs(model(**as_weights(model, batch.inputs)).logits, batch.labels, batch.weights)
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
         """The outputs, with each image prepared separately."""
         pixels = torch.cat([self.tokenizer([self._pixels(e)]) for e in examples]).to(device)
-        return reference_outputs_of(model(**as_weights(model, {"pixel_values": pixels})).logits, examples, device)
+        logits = model(**as_weights(model, {"pixel_values": pixels})).logits
+        return self._labels.reference(logits, examples, device)
 
     def score(self, model: nn.Module, batch: Batch) -> Columns:
-        return labels_score(self, model, batch)
+        assert batch.labels is not None
+        return self._labels.columns(self.outputs(model, batch), batch.labels)
 
     def row_from_text(self, text: str) -> dict[str, Any]:
         """The row for a path."""
@@ -134,7 +128,7 @@ class ImageClassification:
         return unusable_rows(rows, lambda part: list(read_images(part, self._image_column, length=length)), column=None)
 
     def no_result(self) -> dict[str, Any]:
-        return no_prediction(self.class_names)
+        return self._labels.no_result()
 
     @torch.no_grad()
     def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, **_: Any) -> Iterator[dict[str, Any]]:
@@ -144,8 +138,7 @@ class ImageClassification:
         device = next(model.parameters()).device
         for part in eval_batches([len(e) for e in examples], batch_tokens):
             batch = self.collate([examples[i] for i in part], device)
-            for probs in self.outputs(model, batch).logits().softmax(-1).tolist():
-                yield prediction(probs, self.class_names)
+            yield from self._labels.results(self.outputs(model, batch))
 
 
 def redrawn(example: Example, augment: Augmentation | None, rng: np.random.Generator) -> Example:

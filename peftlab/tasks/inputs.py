@@ -9,7 +9,17 @@ from peftlab.data import Rows
 from peftlab.data.values import is_null
 from peftlab.errors import DataError
 
-EMPTY_TEXT, NO_LABEL, NO_IMAGE = "the text is empty", "there is no label", "there is no image"
+EMPTY_TEXT, NO_LABEL, NO_IMAGE, NO_SCORE = (
+    "the text is empty",
+    "there is no label",
+    "there is no image",
+    "there is no score",
+)
+
+
+def empty_role(role: str) -> str:
+    """The reason for a row whose column of this role is empty."""
+    return f"the {'second text' if role == 'pair' else role} is empty"
 
 
 def is_blank(value: Any) -> bool:

@@ -71,7 +71,7 @@ class ObjectDetection:
             objects_column=parts.column("objects"),
             label_names=parts.label_names,
             augment=parts.augmentation,
-            min_score=parts.min_score,
+            min_score=parts.settings["eval.min_score"],
         )
 
     @classmethod

@@ -38,8 +38,10 @@ class Outputs:
     Attributes:
         values: [N, H] hidden states that ``head`` turns into logits; [N, C] logits without a head; or [N, H] vectors.
         head: the head of a language model, whose logits are computed a part at a time.
-        vectors: whether the values are the answer themselves, as with sentence embeddings.
-        targets: [N] or [N, ...] correct answers of any type; None if the rows have no labels. weights: [N] factors on the
+        vectors: whether the values are the answer themselves, as with sentence embeddings and numbers.
+        unit: of numbers, [N, 1]: the data's numbers for the values 0 and 1; None: they are no numbers.
+        targets: [N] or [N, ...] correct answers of any type; None if the rows have no labels. soft: [N, C] their probabilities
+            where an answer is not one class. weights: [N] factors on the
             losses; None: all 1.
         counts: number of positions of each example in the batch.
     """
@@ -48,8 +50,10 @@ class Outputs:
     counts: Sequence[int]
     head: OutputHead | None = None
     vectors: bool = False
+    unit: tuple[float, float] | None = None
     targets: Tensor | None = None
     weights: Tensor | None = None
+    soft: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -61,10 +65,19 @@ class Outputs:
         return at_least_float32(values) if self.head is None else self.head.logits(values)
 
 
+def numbers_of(values: Tensor, unit: tuple[float, float]) -> list[float]:
+    """The data's numbers for ``values`` [N]."""
+    at_0, at_1 = unit
+    numbers: list[float] = (values.double() * (at_1 - at_0) + at_0).tolist()
+    return numbers
+
+
 def cross_entropy(outputs: Outputs) -> Tensor:
     """[N] nats of the target class at each position, float32 (float64 stays)."""
     assert outputs.targets is not None
-    return F.cross_entropy(outputs.logits(), outputs.targets, reduction="none")
+    logits = outputs.logits()
+    targets = outputs.targets if outputs.soft is None else outputs.soft.to(logits.dtype)
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:

@@ -17,20 +17,28 @@ class Preview:
     Attributes:
         segments: ``(text, role, trained)`` of neighbouring tokens with the same role and ``trained``. label: the label of a
             classification row.
-        cut: number of tokens that truncation removes at its end.
+        cut: number of tokens that truncation removes at its end. follows: number of tokens in its further blocks.
     """
 
     where: str
     segments: list[tuple[str, str, bool]]
     label: str | None = None
     cut: int = 0
+    follows: int = 0
 
 
 def preview(
-    where: str, tokens: Tokens, tokenizer: Any, *, max_length: int, label: str | None = None, keep_last: bool = False
+    where: str,
+    tokens: Tokens,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    label: str | None = None,
+    keep_last: bool = False,
+    used: np.ndarray | None = None,
 ) -> Preview:
-    """The preview of the only row of ``tokens``; see ``Ledger`` for ``keep_last``."""
-    kept = np.arange(min(max_length, len(tokens.ids)))
+    """The preview of the only row of ``tokens``; see ``Ledger`` for ``keep_last``. Args: used: [T] bool, the tokens to keep."""
+    kept = np.arange(min(max_length, len(tokens.ids))) if used is None else np.flatnonzero(used)
     if keep_last:
         kept[-1] = len(tokens.ids) - 1
     ids, trained, roles = tokens.ids[kept], tokens.trained[kept], tokens.roles[kept]

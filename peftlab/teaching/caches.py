@@ -44,7 +44,13 @@ def examples_identity(assembly: Assembly, rows: Rows) -> dict[str, Any]:
     if recipe.data.balance:
         split["balance"] = recipe.data.balance
     template = recipe.data.model_dump(include={"template", "columns", "label_names", "bins", "control_tokens"})
-    template["chat"] = getattr(task.tokenizer, "chat_template", None) if assembly.spec.generates else None
+    if recipe.data.stride is not None:
+        template["stride"] = recipe.data.stride
+    if assembly.spec.reads_source:
+        template |= recipe.data.model_dump(
+            include={"prefix", "source_language", "target_language", "max_target_length"}
+        )
+    template["chat"] = getattr(task.tokenizer, "chat_template", None) if assembly.spec.chats else None
     by_image = assembly.spec.reader == "image processor"
     return {
         "task": recipe.task,
@@ -125,6 +131,12 @@ def planned_fill(assembly: Assembly, skeleton: Any) -> Fill:
     num_classes, width = None, skeleton.config.get_text_config().hidden_size
     if assembly.spec.predicts == "tokens":
         num_classes = len(task.tokenizer)
+    elif assembly.spec.predicts == "spans":  # the positions of a window
+        num_classes = width = task.max_length
+    elif assembly.spec.predicts == "numbers":
+        width = 1
+    elif assembly.spec.one_output_per_class:
+        num_classes = width = 2
     elif task.class_names:  # few classes: `hidden` stores the logits themselves
         num_classes = width = len(task.class_names)
     return fill_of(assembly, num_classes=num_classes, hidden_size=width)

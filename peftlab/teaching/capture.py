@@ -114,7 +114,7 @@ def _capture(
     runner = _TeacherRunner(model, assembly.recipe.eval.batch_tokens)
     if own is None and model.columns.count is not None:
         check_ids(assembly.task.tokenizer, taught.rows, taught.train, model.columns.count)
-    one = examples[:1] if own is None else [own[examples[0].row]]
+    one = examples[:1] if own is None else [own[examples[0].key]]
     num_classes, hidden_size, head = runner.shape(one)
     transform = runner.transform(one)
     fill = fill_of(assembly, num_classes=num_classes, hidden_size=hidden_size)
@@ -135,7 +135,7 @@ def _capture(
         progress.start(len(examples), split.done)
         while split.done < len(examples):
             window = examples[split.done : split.done + _WINDOW]
-            inputs = window if own is None else [own[e.row] for e in window]
+            inputs = window if own is None else [own[e.key] for e in window]
             for example, target in zip(window, runner.targets(inputs, fill, first=split.done), strict=True):
                 split.add(key_of(example), target)
             progress.step(split.done, {})
@@ -264,7 +264,7 @@ def plan_capture(taught: TaughtExamples, teacher: NamedTeacher) -> dict[str, Any
 
 def _num_positions(examples: Sequence[Example]) -> NDArray[np.float64]:
     """[N] number of scored positions of each example."""
-    return np.array([1.0 if e.trained is None else e.weight for e in examples])
+    return np.array([float(e.num_scored) for e in examples])
 
 
 def _stored_bytes(fill: Fill, counts: NDArray[np.float64]) -> int:

@@ -56,10 +56,10 @@ class TeacherModel:
     columns: Columns
     notes: list[str]
 
-    def read(self, rows: Rows) -> dict[int, Example]:
-        """Each row, encoded with the teacher's own tokenizer and truncated to its limit."""
+    def read(self, rows: Rows) -> dict[tuple[int, int], Example]:
+        """The examples by ``Example.key``, encoded with the teacher's own tokenizer and truncated to its limit."""
         encoded = self.task.encode(rows, max_length=self.limit, too_long="truncate", training=False, labelled=False)
-        return {e.row: e for e in encoded.examples}
+        return {e.key: e for e in encoded.examples}
 
 
 class NamedTeacher:
@@ -102,9 +102,9 @@ class NamedTeacher:
         if (Path(self.name) / LOCK_NAME).is_file():
             target = find_target(self.name)
             theirs = target.loaded.recipe
-            if theirs.task != student.task:
+            if theirs.spec.what != student.spec.what:
                 raise RecipeError(
-                    f"it was trained for task: {theirs.task}, but the student is for task: {student.task}; use a teacher of "
+                    f"it was trained for {theirs.spec.what}, but the student is for {student.spec.what}; use a teacher of "
                     "the student's task"
                 )
             changes: dict[str, Any] = {
@@ -242,6 +242,12 @@ class NamedTeacher:
             if not compared.same:
                 return Columns(), True, [f"teacher and student have different tokenizers: {compared.difference}"]
             return Columns(compared.num_shared_ids), False, list(compared.notes)
+        if spec.predicts == "spans" and not compared.same:
+            raise RecipeError(
+                "teacher and student have different tokenizers, so the positions of their windows are not the same: "
+                f"{compared.difference}. Use a teacher with the student's tokenizer",
+                key=f"{self.key}.name",
+            )
         order = None
         if student.class_names is not None:
             order = self._same_classes(student.class_names, theirs.class_names or [])
@@ -255,6 +261,12 @@ class NamedTeacher:
             raise RecipeError(
                 f"the teacher has other labels: {listed(theirs)}{unnamed}; the student's are {listed(ours)}. Use a teacher "
                 "trained on these labels, or rename the labels in its config",
+                key=f"{self.key}.name",
+            )
+        if ours != theirs and self._assembly.spec.one_output_per_class:
+            raise RecipeError(
+                f"the teacher has the labels in another order: {listed(theirs)}; the student's are {listed(ours)}. Use a teacher "
+                "trained on the same rows",
                 key=f"{self.key}.name",
             )
         return None if ours == theirs else tuple(theirs.index(name) for name in ours)

@@ -172,7 +172,7 @@ class Teachers:
         return {"teacher": run}
 
     def choosers(self) -> list[tuple[str, Any]]:
-        """The single teacher's model, if it can choose among eval.choices like the student."""
+        """The single teacher's model, if it can answer like the student: with one of eval.choices, or with a span."""
         only = len(self._named) == 1 and not self.model(0).own_texts
         return [("teacher", self.model(0).model)] if only else []
 
@@ -193,7 +193,7 @@ class Teachers:
                 transform["softcap"],
                 transform["scale"],
             )
-        return CachedTeacher(split.read, index_of={e.row: i for i, e in enumerate(examples)}, head=head)
+        return CachedTeacher(split.read, index_of={e.key: i for i, e in enumerate(examples)}, head=head)
 
     def _teacher(
         self,
@@ -230,18 +230,18 @@ class Teachers:
 
     def _translated(self, theirs: TeacherModel, task: Any, rows: Rows, encoded: Encoded) -> TranslatedTeacher:
         own, places = theirs.read(rows), {}
-        examples: dict[int, Example] = {}
+        examples: dict[tuple[int, int], Example] = {}
         num_positions = num_aligned = 0
         for example in encoded.examples:
-            other = own.get(example.row)
+            other = own.get(example.key)
             pairs = aligned_tokens(task, theirs.task, rows, example, other) if other is not None else []
             assert example.trained is not None
             position = np.cumsum(example.trained) - 1
-            places[example.row] = [int(position[ours]) for ours, _ in pairs]
+            places[example.key] = [int(position[ours]) for ours, _ in pairs]
             if other is not None and pairs:
                 trained = np.zeros(len(other), dtype=bool)
                 trained[[at for _, at in pairs]] = True
-                examples[example.row] = dataclasses.replace(other, trained=trained, weight=float(len(pairs)))
+                examples[example.key] = dataclasses.replace(other, trained=trained, weight=float(len(pairs)))
             num_positions, num_aligned = num_positions + int(example.weight), num_aligned + len(pairs)
         if not num_aligned:
             raise DataError(
@@ -274,6 +274,8 @@ class Teachers:
             self._progress.note(f"vocabulary: {count:,} of the student's {width:,} columns are compared")
 
     def _default_loss(self, task: Task, model: Any) -> LossSection:
+        if task.spec.predicts == "numbers":
+            return LossSection(kind="hidden_mse")
         if task.spec.predicts != "vectors":
             return LossSection(kind="forward_kl")
         models = [model] if self._named[0].is_self else [model, self.model(0).model]

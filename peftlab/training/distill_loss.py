@@ -14,7 +14,7 @@ from peftlab import ops
 from peftlab.adapters import head_input
 from peftlab.distillation import GradientReport, Objective, SparseTarget, UldObjective, VectorObjective, gradient_report
 from peftlab.models.inner import InnerStates
-from peftlab.tasks import Batch, Example, Outputs, Task
+from peftlab.tasks import Batch, Example, Outputs, Task, weighted_sum
 from peftlab.training.inner_losses import InnerLosses
 from peftlab.training.teacher_outputs import Aligned, BackboneTeacher, Columns, ModelTeacher, Taught, Teacher
 
@@ -154,7 +154,9 @@ class DistillLoss:
                 self._mixed, outputs, parts[0][2] if self._mixed.hard_weight < 1 else None, outputs.weights
             )
         total = outputs.values.sum() * 0.0
-        if self._hard_weight:
+        if self._hard_weight and outputs.vectors:
+            total = total + self._hard_weight * weighted_sum(self._task.losses(outputs), outputs.weights)
+        elif self._hard_weight:
             labels = Objective(hard_weight=1.0)
             total = total + self._hard_weight * self._loss_sum(labels, outputs, None, outputs.weights)
         sums = _sums(parts, len(examples))

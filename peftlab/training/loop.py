@@ -11,13 +11,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from peftlab.adapters import after_step, penalty, rate_factors, save_state, train_mode
@@ -25,7 +26,7 @@ from peftlab.data.batching import BatchPlan
 from peftlab.errors import Interrupted, ResourceError, VerificationError
 from peftlab.evaluation.metrics import higher_is_better
 from peftlab.measuring.memory import memory_bytes, peak_memory_bytes
-from peftlab.tasks import Batch, Example, Redraws, Task, collate_packed
+from peftlab.tasks import Batch, Contrasts, Example, Outputs, Redraws, Task, collate_packed, step_shares
 from peftlab.training.checkpoint import RngState, load_checkpoint, save_checkpoint
 from peftlab.training.metrics_log import MetricsLog
 from peftlab.training.optimizers import make_optimizer
@@ -90,6 +91,11 @@ class LossModule(nn.Module):
         return loss if extra is None else loss + extra * batch.weights.sum().to(loss.dtype)
 
 
+def _moved(outputs: Outputs, device: Any) -> Outputs:
+    targets, weights = (None if t is None else t.to(device) for t in (outputs.targets, outputs.weights))
+    return replace(outputs, values=outputs.values.to(device), targets=targets, weights=weights)
+
+
 class _StopRequested(Exception):
     """Raised after Ctrl-C between micro-batches, where no work is half done."""
 
@@ -137,6 +143,8 @@ class TrainingLoop:
         self._module, self._optimizer = accelerator.prepare(
             LossModule(model, loss_sum or task.loss_sum), self._optimizer
         )
+        # A teacher's loss compares each row with the teacher's.
+        self._whole_step = task.spec.contrasts and loss_sum is None and cast(Contrasts, task).whole_step
         self._step = 0
         self._evals_without_better = 0
         self._skipped = 0
@@ -254,7 +262,7 @@ class TrainingLoop:
         example = self._train[index]
         if not self._task.spec.redraws:
             return example
-        rng = np.random.default_rng([self._plan.seed, self._step, example.row])
+        rng = np.random.default_rng([self._plan.seed, self._step, index])
         return cast(Redraws, self._task).redraw(example, rng)
 
     def _accumulate(self, rows: list[list[Any]], weight: float) -> tuple[float, int | None]:
@@ -268,10 +276,12 @@ class TrainingLoop:
         if not mine:  # fewer micro-batches than ranks: join the gradient exchange with zeros
             first, mine, factor = 0, rows[:1], 0.0
         sums = []
-        for number, part in enumerate(mine, start=1):
+        batches: Iterable[Batch] = (self._collate(part) for part in mine)
+        if self._whole_step and len(rows) > 1:
+            batches = self._shared(list(batches), joins=factor == 0.0)
+        for number, batch in enumerate(batches, start=1):
             if self._stop:
                 raise _StopRequested
-            batch = self._collate(part)
             last = number == len(mine)
             with contextlib.nullcontext() if last else accelerator.no_sync(self._module):
                 loss_sum = self._module(batch)
@@ -286,6 +296,32 @@ class TrainingLoop:
             return loss, None
         finite = torch.isfinite(losses).tolist()
         return loss, first + world * finite.index(False) if not all(finite) else None
+
+    def _shared(self, batches: list[Batch], *, joins: bool) -> list[Batch]:
+        """The micro-batches with their share in a loss over all rows of the step, see ``tasks.Contrasts``.
+
+        Args: joins: they belong to another process, and only join the exchange.
+        """
+        accelerator, rng = self._accelerator, RngState.capture()
+        with torch.no_grad(), accelerator.autocast():
+            outputs = [self._task.outputs(self._model, batch) for batch in batches]
+        rng.restore()
+        if accelerator.num_processes > 1:
+            outputs = [*([] if joins else outputs), *self._outputs_elsewhere([] if joins else outputs)]
+        if joins:
+            return batches
+        shares = step_shares(batches, outputs, self._task.losses)
+        return [replace(batch, share=share) for batch, share in zip(batches, shares, strict=True)]
+
+    def _outputs_elsewhere(self, own: list[Outputs]) -> list[Outputs]:
+        """The outputs of the other processes."""
+        accelerator = self._accelerator
+        here = [(accelerator.process_index, _moved(part, "cpu")) for part in own]
+        return [
+            _moved(part, accelerator.device)
+            for index, part in gather_object(here)
+            if index != accelerator.process_index
+        ]
 
     def _collate(self, part: list[Any]) -> Batch:
         device = self._accelerator.device

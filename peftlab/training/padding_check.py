@@ -30,14 +30,14 @@ def check_padding(
     to run rows of different length separately, and the reason is returned.
 
     Args: max_length: the longest row in tokens. autocast: the context of training or evaluation.
-    Raises: RecipeError if the model cannot run, or is no causal language model but the task predicts tokens.
+    Raises: RecipeError if the model cannot run, or is no causal language model but the task writes text.
     """
     if task.spec.reader != "tokenizer" or max_length <= _SHORT:
         return None
     base = base_model(model)
     who = f"{type(base).__name__} ({base.config.model_type})"
     long, short = _rows(task, min(_LONG, max_length))
-    predicts_tokens = task.spec.predicts == "tokens"
+    writes = task.spec.generates
     rng = RngState.capture()
     try:
         with exact_products(model) as exact, torch.no_grad(), autocast():
@@ -45,12 +45,12 @@ def check_padding(
                 return None  # rounding hides what padding does; what is known of the family decides
             alone = _outputs(model, task, [short], device)
             n = len(alone)
-            batch = _outputs(model, task, [short, *([_changed_end(short)] if predicts_tokens else []), long], device)
+            batch = _outputs(model, task, [short, *([_changed_end(short)] if writes else []), long], device)
             padded, changed = batch[:n], batch[n : 2 * n]
             size = float(alone.abs().max())
             allowed = _TOLERANCES[coarsest_dtype(model, autocast, device)]
             difference = _difference(padded, alone, size)
-            leak = _difference(changed[: n - 1], padded[: n - 1], size) if predicts_tokens else 0.0
+            leak = _difference(changed[: n - 1], padded[: n - 1], size) if writes else 0.0
             if not max(difference, leak) <= allowed:
                 unpadded = _outputs(model, task, [short, short], device)[:n]
                 allowed = max(allowed, 4 * _difference(unpadded, alone, size))
@@ -72,7 +72,7 @@ def check_padding(
         )
     if task.padding == "none" or difference <= allowed:
         return None
-    if predicts_tokens:
+    if writes:
         raise RecipeError(
             f"the logits of {who} for a row differ by {difference:.2g} of the largest in a padded batch (rounding: "
             f"{allowed:.2g}), so it reads padding; use another model, or set train.batch_size=1",
@@ -93,16 +93,18 @@ def _rows(task: Task, length: int) -> tuple[Example, Example]:
 
 
 def _changed_end(example: Example) -> Example:
-    """``example`` with another last token, or the same if there is no other."""
+    """``example`` with another token before its last, which only the last prediction may read; or the same if there is no
+    other. The last token itself starts the decoder of some families."""
     ids = example.ids.copy()
-    ids[-1] = next((i for i in ids if i != ids[-1]), ids[-1])
+    ids[-2] = next((i for i in ids if i != ids[-2]), ids[-2])
     return Example(ids, 0, example.weight, trained=example.trained, label=example.label)
 
 
 def _outputs(model: nn.Module, task: Task, examples: list[Example], device: Any) -> Tensor:
-    """[N, ...] logits or vectors at the scored positions, row by row."""
+    """[N, ...] logits or vectors at the scored positions, row by row; 0 for classes that do not exist."""
     outputs = task.outputs(model, task.collate(examples, device))
-    return (outputs.values if task.spec.predicts == "vectors" else outputs.logits()).float()
+    values = (outputs.values if outputs.vectors else outputs.logits()).float()
+    return values.masked_fill(values.isneginf(), 0.0)
 
 
 def _difference(actual: Tensor, expected: Tensor, size: float) -> float:

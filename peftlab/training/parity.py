@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +27,8 @@ from peftlab.training.checkpoint import RngState
 
 # Tokens sampled from the first micro-batch: enough to be meaningful, few enough to be quick.
 _MAX_TOKENS = {"cpu": 256, "cuda": 512}
-
+# Rows in the sample of a task that compares rows.
+_COMPARED = 4
 
 _NOTHING_DONE = "Nothing was trained; run.kernels=reference trains without the fused layers"
 
@@ -133,7 +135,9 @@ def check_parity(
             f"{missing[0]} {state} ({len(adapted)} of {len(planned)} planned modules are adapted): the adapter does not match "
             "the recipe. This is a bug in peftlab or PEFT; nothing was trained"
         )
-    sample = _sample(micro_batch, _MAX_TOKENS.get(torch.device(device).type, 256))
+    # A row that is compared with others needs some.
+    fewest = _COMPARED if task.spec.contrasts else 1
+    sample = _sample(micro_batch, _MAX_TOKENS.get(torch.device(device).type, 256), fewest=fewest)
     rows = sum(map(len, micro_batch)) if packed else len(micro_batch) * max(map(len, micro_batch))
 
     trained_loss, reference_loss = loss_sum or task.loss_sum, reference_loss_sum or _own_loss_sum(task)
@@ -254,10 +258,10 @@ def _adapted(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _sample(micro_batch: Sequence[Example], max_tokens: int) -> list[Example]:
-    """Rows of the micro-batch up to ``max_tokens`` padded tokens; a longer row is cut so that it ends with its last trained
-    token."""
-    cut = [_cut(example, max_tokens) for example in micro_batch]
+def _sample(micro_batch: Sequence[Example], max_tokens: int, *, fewest: int = 1) -> list[Example]:
+    """Rows of the micro-batch up to ``max_tokens`` padded tokens; a row that is too long for ``fewest`` of them is cut, so that
+    it ends with its last trained token."""
+    cut = [_cut(example, max_tokens // fewest) for example in micro_batch]
     chosen = cut[:1]
     for example in cut[1:]:
         if (len(chosen) + 1) * max(len(example), *map(len, chosen)) > max_tokens:
@@ -269,13 +273,22 @@ def _sample(micro_batch: Sequence[Example], max_tokens: int) -> list[Example]:
 def _cut(example: Example, max_tokens: int) -> Example:
     if len(example) <= max_tokens:
         return example
+    if example.sizes:
+        texts = [ids[: max_tokens // len(example.sizes)] for ids in example.texts]
+        return replace(example, ids=np.concatenate(texts), sizes=tuple(map(len, texts)))
     if example.trained is None:
-        return replace(example, ids=example.ids[:max_tokens])
+        if isinstance(example.label, np.ndarray):
+            return example
+        extra = {n: v[:max_tokens] if len(v) == len(example) else v for n, v in example.extra.items()}
+        return replace(example, ids=example.ids[:max_tokens], extra=extra)
     end = int(example.trained.nonzero()[0][-1]) + 1
     window = slice(max(0, end - max_tokens), end)
     trained = example.trained[window].copy()
     trained[0] = False  # the first token cannot be predicted
-    return replace(example, ids=example.ids[window], trained=trained, weight=float(trained.sum()))
+    label = example.label
+    if isinstance(label, np.ndarray) and len(label) == len(example):
+        label = label[window]
+    return replace(example, ids=example.ids[window], trained=trained, label=label, weight=float(trained.sum()))
 
 
 @contextlib.contextmanager

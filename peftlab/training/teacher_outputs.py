@@ -60,7 +60,7 @@ class ModelTeacher:
     Args:
         task: the student's task, with the teacher's tokenizer if it differs.
         device: the teacher's device; its outputs move to the student's.
-        examples: the teacher's own examples, by row; None: the student's.
+        examples: the teacher's own examples, by ``Example.key``; None: the student's.
         kernels: the mode of run.kernels.
         packs: whether the teacher keeps packed rows separate; if not, it gets padded rows.
     """
@@ -72,7 +72,7 @@ class ModelTeacher:
         *,
         device: Any,
         columns: Columns = Columns(),
-        examples: Mapping[int, Example] | None = None,
+        examples: Mapping[tuple[int, int], Example] | None = None,
         kernels: str = "auto",
         packs: bool = True,
     ) -> None:
@@ -93,7 +93,7 @@ class ModelTeacher:
             return _to(taught(outputs, self._columns, kernels), device)
 
     def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor | SparseTarget:
-        own = examples if self._examples is None else [self._examples[e.row] for e in examples]
+        own = examples if self._examples is None else [self._examples[e.key] for e in examples]
         with as_teacher(self.model):
             values = self.task.reference_outputs(self.model, own, self.device).values
         return self._columns.of(values).to(device)
@@ -102,7 +102,7 @@ class ModelTeacher:
         same_place = _is_at(batch.device, self.device)
         if self._examples is None and same_place and (self._packs or not batch.packed):
             return batch
-        examples = list(batch.examples) if self._examples is None else [self._examples[e.row] for e in batch.examples]
+        examples = list(batch.examples) if self._examples is None else [self._examples[e.key] for e in batch.examples]
         if self._packs and batch.packed:
             return collate_packed(examples, device=self.device)
         return self.task.collate(examples, self.device)
@@ -112,8 +112,8 @@ class TranslatedTeacher:
     """A language model with another tokenizer: it gives targets where tokens of both models start at the same byte.
 
     Args:
-        examples: the teacher's own examples, by row; their trained tokens start at the same byte as a student's token.
-        places: per row, the student's positions of those tokens.
+        examples: the teacher's own examples, by ``Example.key``; their trained tokens start at the same byte as a student's token.
+        places: by the same, the student's positions of those tokens.
         num_classes: number of leading columns of the teacher's logits that are tokens.
     """
 
@@ -123,22 +123,22 @@ class TranslatedTeacher:
         task: Task,
         *,
         device: Any,
-        examples: Mapping[int, Example],
-        places: Mapping[int, Sequence[int]],
+        examples: Mapping[tuple[int, int], Example],
+        places: Mapping[tuple[int, int], Sequence[int]],
         num_classes: int,
     ) -> None:
         self.model, self._task, self._device = model, task, device
         self._examples, self._places, self._num_classes = examples, places, num_classes
 
     def __call__(self, student: nn.Module, batch: Batch) -> Aligned:
-        own = [self._examples[e.row] for e in batch.examples if self._places[e.row]]
+        own = [self._examples[e.key] for e in batch.examples if self._places[e.key]]
         device = batch.device
         with as_teacher(self.model), _autocast_like(device.type, self._device):
             logits = self._task.outputs(self.model, self._task.collate(own, self._device)).logits() if own else None
         return self._aligned(logits, batch.examples, device)
 
     def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Aligned:
-        own = [self._examples[e.row] for e in examples if self._places[e.row]]
+        own = [self._examples[e.key] for e in examples if self._places[e.key]]
         with as_teacher(self.model):
             logits = self._task.reference_outputs(self.model, own, self._device).values if own else None
         return self._aligned(logits, examples, device)
@@ -147,7 +147,7 @@ class TranslatedTeacher:
         places, start = [], 0
         for example in examples:
             assert example.trained is not None
-            places += [start + place for place in self._places[example.row]]
+            places += [start + place for place in self._places[example.key]]
             start += int(example.trained.sum())
         aligned = torch.zeros(0, self._num_classes) if logits is None else logits[:, : self._num_classes]
         return Aligned(aligned.to(device), torch.tensor(places, dtype=torch.int64, device=device))
@@ -203,7 +203,7 @@ class CachedTeacher:
     """Cached targets; see ``distill.cache``.
 
     Args:
-        read: example indices -> their targets on the CPU. index_of: row -> index of its example in the cache.
+        read: example indices -> their targets on the CPU. index_of: ``Example.key`` -> index in the cache.
         head: the teacher's head, if hidden states are stored; None: classes or vectors are stored.
     """
 
@@ -211,19 +211,19 @@ class CachedTeacher:
         self,
         read: Callable[[Sequence[int]], SparseTarget | Tensor],
         *,
-        index_of: Mapping[int, int],
+        index_of: Mapping[tuple[int, int], int],
         head: ops.Head | None = None,
     ) -> None:
         self._read, self._index_of, self._head = read, index_of, head
 
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
-        stored = _to(self._read([self._index_of[e.row] for e in batch.examples]), batch.device)
+        stored = _to(self._read([self._index_of[e.key] for e in batch.examples]), batch.device)
         if self._head is None or not isinstance(stored, Tensor):
             return stored
         return ops.OnlineTeacher(stored.to(self._dtype()), self._head)
 
     def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor | SparseTarget:
-        stored = self._read([self._index_of[e.row] for e in examples])
+        stored = self._read([self._index_of[e.key] for e in examples])
         if self._head is None or not isinstance(stored, Tensor):
             return _to(stored, device)  # type: ignore[return-value]
         return ops.head_logits(stored.to(device, self._dtype()), self._head)

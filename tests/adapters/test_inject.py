@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftlab.adapters import adapter_files as files_module
-from peftlab.adapters import check_adapter_files, inject, load_adapter, report, save_adapter
+from peftlab.adapters import check_adapter_files, inject, load_adapter, report, save_adapter, try_injection
 from peftlab.errors import ArtifactError, RecipeError
+from peftlab.specs.methods import METHODS
+from tests.family_examples import READERS_OF_IMAGES, WRITERS, make_config
 from tests.processes import Processes
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -268,3 +270,37 @@ def test_save_adapter_files_do_not_depend_on_the_hash_seed(
     process.run_with_other_hashes(SAVE, tmp_path / "there")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "auto", "peft_type", "targets"),
+    [
+        ("GPT2Config", "AutoModelForCausalLM", "CAUSAL_LM", "all-linear"),
+        ("ResNetConfig", "AutoModelForImageClassification", None, ["convolution"]),
+    ],
+)
+def test_what_peft_refuses_is_found_without_weights(
+    family: str, auto: str, peft_type: str | None, targets: Any
+) -> None:
+    import transformers
+
+    def refusal(method: str, attempt: Callable[..., Any], device: str) -> str | None:
+        given = {"targets": targets} if METHODS[method].has_targets else {}
+        given |= dict.fromkeys(METHODS[method].required, 8)
+        with torch.device(device):
+            model = getattr(transformers, auto).from_config(make_config(family, READERS_OF_IMAGES | WRITERS))
+        try:
+            attempt(model, method, peft_type=peft_type, **given)
+        except RecipeError as error:
+            return str(error)
+        return None
+
+    chosen = ["lora", "oft", "loha", "c3a", "vera", "ia3", "hra", "boft", "road", "osf"]
+    found = {name: (refusal(name, try_injection, "meta"), refusal(name, inject, "cpu")) for name in chosen}
+    assert all(early == late for early, late in found.values())
+    assert found["lora"] == (None, None) and any(early for early, _ in found.values())
+
+
+@pytest.mark.parametrize("kind", ["olora", "pissa", "eva"])
+def test_initialisation_that_reads_weights_is_not_refused_without_them(base: Any, kind: str) -> None:
+    try_injection(base.to("meta"), "lora", peft_type="CAUSAL_LM", init_lora_weights=kind)

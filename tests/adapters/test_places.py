@@ -194,3 +194,22 @@ def test_layers_and_freeze_choose_experts(options: dict[str, Any]) -> None:
     assert set(adapted_modules(adapted)) == set(names)
     # Two experts: w2 has the rank 4, and w1 and w3, which are fused, have it each.
     assert sorted(p.shape[0] for n, p in adapted.named_parameters() if ".experts." in n and "lora_A" in n) == [8, 16]
+
+
+def test_router_that_returns_more_than_a_product_gets_no_adapter() -> None:
+    """Llama 4's router is a linear layer with a forward of its own; PEFT's layer would fail on its tuple."""
+    from transformers import Llama4TextConfig
+
+    values = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "intermediate_size_mlp": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": 260,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}
+    model = make_model(Llama4TextConfig(**values, **heads, pad_token_id=0), "AutoModelForCausalLM")
+    names = planned_modules(model, peft_type="CAUSAL_LM", targets="all-linear")
+    assert names and not [name for name in names if "router" in name]
+    with pytest.raises(RecipeError, match="'router' matches no module"):
+        planned_modules(model, peft_type="CAUSAL_LM", targets=["router"])

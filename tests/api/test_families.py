@@ -9,15 +9,18 @@ import pytest
 
 import peftlab
 from peftlab.training.progress import SilentProgress
+from tests import adapter_table
 from tests.family_examples import write_family
-from tests.family_table import COLUMNS, families, family_recipe, measure_in, read_page, write_rows
+from tests.family_table import COLUMNS, PAGE, families, family_recipe, measure_in, read_page, title, write_rows
 
 # One of each kind of layer, adapter and padding, and one that is refused; the others run with the slow tests.
 QUICK = {
     ("GPT2Config", "causal_lm"),
     ("MixtralConfig", "causal_lm"),
+    ("DistilBertConfig", "masked_lm"),
     ("XLNetConfig", "seq_cls"),
     ("ReformerConfig", "seq_cls"),
+    ("BertConfig", "token_cls"),
     ("ResNetConfig", "image_cls"),
 }
 ROWS = [pytest.param(*row, marks=() if row in QUICK else pytest.mark.slow, id="-".join(row)) for row in families()]
@@ -31,11 +34,23 @@ def test_family_does_what_the_page_says(name: str, task: str, tmp_path: Path, pr
     assert row.notes == notes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "task"), adapter_table.rows())
+def test_adapters_and_storages_do_what_the_page_says(
+    name: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    measured = adapter_table.measure(name, task)
+    assert list(measured.values()) == adapter_table.read_section(PAGE.read_text())[title(name, task), task]
+
+
 def test_page_has_every_family_and_no_cell_is_no() -> None:
     rows = read_page()
     assert len(rows) == len(list(families()))
     for (family, task), (cells, notes) in rows.items():
-        assert cells == ["yes"] * len(COLUMNS) or (cells == ["refused"] * len(COLUMNS) and notes), (family, task)
+        works = len(cells) == len(COLUMNS) and set(cells[:-2]) == {"yes"} and set(cells[-2:]) <= {"yes", "-"}
+        assert works or (cells == ["refused"] * len(COLUMNS) and notes), (family, task)
+    assert len(adapter_table.read_section(PAGE.read_text())) == len(list(adapter_table.rows()))
 
 
 def test_experts_that_a_recipe_names_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

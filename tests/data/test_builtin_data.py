@@ -113,7 +113,11 @@ def test_docstrings_data_equals_the_syntax_tree() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sklearn:digit", {}, "unknown built-in data 'sklearn:digit'; expected sklearn:digits or docstrings:"),
+        (
+            "sklearn:digit",
+            {},
+            "unknown built-in data 'sklearn:digit'; expected sklearn:digits, shapes:500, docstrings:",
+        ),
         (
             "docstrings:numpyy",
             {},
@@ -130,3 +134,27 @@ def test_builtin_data_refuses_bad_names_and_options(name: str, options: dict[str
     with pytest.raises(DataError, match=message) as caught:
         load_rows(name, **options)  # type: ignore[arg-type]
     assert isinstance(caught.value, PeftlabError) and caught.value.key
+
+
+def test_docstring_pairs_are_a_summary_and_what_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "made_here"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    body = " ".join(f"word{i}" for i in range(70))
+    (package / "one.py").write_text(
+        f'def f():\n    """Return the first of all\n    the numbers.\n\n    {body}\n    """\n\n\n'
+        f'def g():\n    """Return the first of all the numbers.\n\n    {body} again\n    """\n\n\n'
+        'def h():\n    """Too short.\n\n    This has no fifteen words.\n    """\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = load_rows("docstring-pairs:made_here")
+    assert rows.columns == {
+        "summary": ["Return the first of all the numbers."],
+        "body": [" ".join(f"word{i}" for i in range(60))],
+    }
+    assert rows.where(0).endswith("one.py:2")
+    everything = load_rows("docstring-pairs:scipy")
+    parts = [load_rows(f"docstring-pairs:scipy:{part}") for part in ("train", "test")]
+    assert len(everything) == sum(map(len, parts)) > 2000
+    with pytest.raises(DataError, match="no docstring of two paragraphs"):
+        load_rows("docstring-pairs:pydoc_data")

@@ -459,7 +459,9 @@ def test_ledger_totals_comparison_catches_forgotten_truncation(
     tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = Ledger._count
-    monkeypatch.setattr(Ledger, "_count", lambda self, tokens, kept, lengths: right(self, tokens, lengths, lengths))
+    monkeypatch.setattr(
+        Ledger, "_count", lambda self, tokens, kept, lengths, use: right(self, tokens, lengths, lengths)
+    )
     with pytest.raises(AssertionError):
         test_ledger_totals_are_those_of_the_examples(tokenizer_of)
 

@@ -139,6 +139,25 @@ def test_folder_reads_its_files_in_order(tmp_path: Path) -> None:
     assert rows.fingerprint == hashlib.sha256(contents).hexdigest()
 
 
+def test_documents_are_one_row_per_text_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\none\n\ntwo\r\nthree\n\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/b.md").write_text("# four\n\nfive")
+    (tmp_path / "c.csv").write_text("text\nsix\n")
+    rows = load_rows(str(tmp_path), format="document")
+    assert rows.columns["text"] == ["one\n\ntwo\nthree", "# four\n\nfive"]
+    assert [rows.where(i).rpartition("/")[2] for i in range(2)] == ["a.txt:3", "b.md:1"]
+    one = load_rows(str(tmp_path / "a.txt"), format="document")
+    assert len(one) == 1
+
+
+def test_document_without_text_is_an_empty_row(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" \n\n")
+    (tmp_path / "b.txt").write_text("one")
+    rows = load_rows(str(tmp_path), format="document")
+    assert rows.columns["text"] == ["", "one"] and rows.where(0).endswith("a.txt:1")
+
+
 def test_folder_of_texts_gives_one_row_per_paragraph(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text("one\n\ntwo\n")
     (tmp_path / "2.txt").write_text("three\n")

@@ -19,6 +19,7 @@ from peftlab.evaluation import metrics
 from peftlab.evaluation.metrics import check_metrics, default_metrics, higher_is_better
 from peftlab.evaluation.modules import class_statistic, row_statistics
 from peftlab.evaluation.scorer import Scorer
+from peftlab.evaluation.text_scores import answer_rows
 from peftlab.specs.metrics import METRICS, class_slugs, family_of
 from peftlab.specs.tasks import TASKS
 
@@ -266,14 +267,23 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
         import evaluate
         names = sorted(p.stem for p in modules.glob("[a-z]*.py"))
         computed = [spec.name for spec in METRICS.values() if spec.needs]
-        assert set(names) >= set(computed), names
-        columns = {"predictions": [0, 1], "references": [0, 0], "nll_sum": [1.0], "num_tokens": [2], "num_correct": [1]}
+        assert set(names) >= {name.lower() for name in computed}, names
+        numbers, sets, boxes = [0, 1], [[0, 1], [1, 1]], [[[0, 0.9, 0, 0, 4, 4]]]
+        columns = {
+            "references": [0, 0], "nll_sum": [1.0], "num_scored": [2], "num_tokens": [2], "num_correct": [1], "row_starts": [1, 1],
+            "predicted_labels": sets, "true_labels": sets, "label_probabilities": [[0.1, 0.9], [0.6, 0.7]],
+            "answers": ["a b", "c"], "reference_texts": ["a b", "d"], "gains": [[1.0]], "ideal_gains": [[1.0]],
+            "found_answers": [{"row": 0, "text": "a cat", "score": 1.0, "null_score": 0.0}], "right_answers": [["cat"]],
+            "found": boxes, "objects": [[[0, 0, 0, 4, 4]]], "found_at": [1, 2], "first_relevant": [1, 2],
+        }
         for name in computed:
             spec = METRICS[name]
-            arguments = {key: columns[key] for key in spec.needs}
+            arguments = {key: columns.get(column, numbers) for key, column in spec.needs.items()}
             if spec.averaged or name == "confusion":
                 arguments["class_names"] = ["a", "b"]
-            module = evaluate.load(str(modules / f"{name}.py"), keep_in_memory=True)
+            if spec.of_entities:
+                arguments["class_names"] = ["O", "B-a", "I-a"]
+            module = evaluate.load(str(modules / f"{name.lower()}.py"), keep_in_memory=True)
             print(name, module.name, module.compute(**arguments))
     """
     done = subprocess.run(
@@ -290,12 +300,21 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
     assert "confusion confusion {'confusion': [[1, 1], [0, 0]]}" in lines
 
 
-@pytest.mark.parametrize("name", [name for name, spec in METRICS.items() if spec.needs and spec.rows and spec.on_card])
+# Those of entities: test_entity_metrics.py.
+OF_ROWS = [
+    n
+    for n, spec in METRICS.items()
+    if spec.needs and spec.rows not in ((), ("vectors",)) and spec.on_card and not spec.of_entities
+]
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_row_statistics_equal_the_value_of_the_evaluation(name: str) -> None:
     """Compares two implementations: scikit-learn over all rows, and a sum over rows that may be drawn repeatedly."""
     rng = np.random.default_rng(1)
     predicted, true = rng.integers(0, 3, 50), rng.integers(0, 3, 50)
     tokens_, correct, nll = rng.integers(1, 9, 50), rng.integers(0, 2, 50), rng.random(50) * 5
+    texts, others = ([" ".join(rng.choice(["the", "a", "cat", "sits"], 6)) for _ in range(50)] for _ in range(2))
     scorer = Scorer([METRICS[name].headline], class_names=NAMES)
     scorer.add(
         {
@@ -307,11 +326,26 @@ def test_row_statistics_equal_the_value_of_the_evaluation(name: str) -> None:
             "rows": [True] * 50,
             "predictions": predicted.tolist(),
             "references": true.tolist(),
+            "predicted_numbers": nll.tolist(),
+            "true_numbers": true.tolist(),
+            "found_answers": [
+                {"row": i, "text": f"a {p}", "score": 1, "null_score": 0} for i, p in enumerate(predicted)
+            ],
+            "right_answers": [[f"{t} 0"] for t in true],
+            "answers": texts,
+            "reference_texts": others,
         }
     )
     columns = {"nll": nll, "positions": tokens_, "tokens": tokens_, "correct_tokens": correct}
     columns |= {"predicted_class": predicted, "true_class": true, "correct_classes": predicted == true}
-    columns |= {"class_positions": np.ones(50)}
+    columns |= {
+        "answer_exact": np.zeros(50),
+        "class_positions": np.ones(50),
+        "predicted_numbers": nll,
+        "true_numbers": true,
+    }
+    columns |= {"answer_f1": np.where((predicted == true) | (predicted == 0), 2 / 3, 0)}
+    columns |= answer_rows(texts, others)
     statistic = row_statistics({k: v.astype(np.float64) for k, v in columns.items()})[METRICS[name].headline]
     assert statistic(np.ones((1, 50))) == pytest.approx([scorer.compute()[METRICS[name].headline]], abs=1e-12)
     if METRICS[name].of_classes:

@@ -122,8 +122,8 @@ def test_reconcile_sets_the_ids_of_the_tokenizer(
 @pytest.mark.parametrize(("summary", "padding"), [("last", "left"), ("first", "right"), ("mean", "none")])
 def test_xlnet_is_padded_by_what_its_head_reads(summary: str, padding: str) -> None:
     config = make_config("XLNetConfig", summary_type=summary)
-    assert padding_of(config, "classes") == padding
-    assert padding_of(config, "vectors") == "right"
+    assert padding_of(config, whole_rows=True) == padding
+    assert padding_of(config, whole_rows=False) == "right"
 
 
 # Families whose positions end: a text of one token more fails, one of the limit runs.

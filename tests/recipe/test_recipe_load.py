@@ -17,6 +17,7 @@ from peftlab.recipe import load_recipe
 from peftlab.recipe import shipped as catalog
 from peftlab.recipe.keys import _FOREIGN_NAMES, known_keys, nearest_keys, spec_at
 from peftlab.recipe.yaml_lines import dump_yaml
+from peftlab.specs.tasks import COLUMNS, TASKS
 
 GOOD = """\
 # A recipe.
@@ -425,10 +426,7 @@ def test_problems_are_reported_together_in_the_order_of_the_file(write: Write) -
     text = "tsk: a\ntrain:\n  lr: fast\n  lrr: 1\nmodel:\n  quantize: nf5\ndata: {train: a.csv}\n"
     lines = message(write(text), "adapter.rank=0").splitlines()
     assert lines[0] == "7 problems in recipe.yaml:"
-    assert lines[1] == (
-        "  line 1        task: missing; expected one of causal_lm, seq_cls, image_cls, object_detection, embedding "
-        "(what the model learns)"
-    )
+    assert lines[1] == f"  line 1        task: missing; expected one of {', '.join(TASKS)} (what the model learns)"
     assert lines[2].startswith("  line 1        tsk: unknown key; did you mean `task`? (top-level keys: task, model, ")
     assert lines[3] == "  line 3        train.lr: expected a number above 0, found 'fast'"
     assert lines[4].startswith("  line 4        train.lrr: unknown key; did you mean `lr`? (keys of train: epochs, ")
@@ -483,7 +481,7 @@ def test_problems_of_a_dict_have_no_line() -> None:
         (
             "data",
             {"columns": "body"},
-            "expected a mapping with the keys text, prompt, completion, messages, system, tools, label, image, objects, found",
+            f"expected a mapping with the keys {', '.join(COLUMNS)}, found",
         ),
         ("data", {"bins": 5}, "data.bins: expected a section with the keys edges, names, found 5"),
         ("data", {"template": {"prompt": "a"}}, "data.template: set either prompt and completion, or user and"),

@@ -22,7 +22,7 @@ from peftlab.specs import methods
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.losses import LOSSES
 from peftlab.specs.methods import METHODS, VARIANTS, variant_of
-from peftlab.specs.metrics import CARD_ORDER, METRICS, ROWS, family_of
+from peftlab.specs.metrics import CARD_ORDER, METRICS, ROWS, ROWS_OF_ANSWERS, ROWS_OF_ENTITIES, ROWS_OF_TEXTS, family_of
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.peft_methods import COMPUTED, peft_method, peft_method_names
 from peftlab.specs.storages import STORAGES
@@ -76,19 +76,22 @@ def test_metrics_take_what_their_row_says(name: str) -> None:
     metric = modules.load_metric(name)
     assert modules.takes_class_names(metric) <= METRICS[name].of_classes
     assert set(inspect.signature(metric._compute).parameters) - {"self", "class_names"} == set(METRICS[name].needs)
-    assert any(set(METRICS[name].needs.values()) <= {*t.scores, *t.scores_with_classes} for t in TASK_SPECS)
+    assert any(
+        set(METRICS[name].needs.values()) <= {*t.scores, *t.answer_scores, *t.scores_with_classes} for t in TASK_SPECS
+    )
 
 
 def test_comparison_columns_are_those_that_rows_name() -> None:
     import torch
 
     for predicts, wanted in ROWS.items():
-        if predicts not in ("vectors", "boxes"):
+        if predicts not in ("vectors", "numbers", "boxes"):
             comparison = Comparison(4, predicts=predicts)
             logits = torch.randn(4, 3)
             comparison.add(logits, torch.tensor([0, 1, 2, 0]), torch.arange(4), logits)
             assert comparison.columns().keys() == wanted
-    assert all(any(set(s.rows) <= columns for columns in ROWS.values()) for s in METRICS.values() if s.rows)
+    columns_of = [*ROWS.values(), ROWS["spans"] | ROWS_OF_ANSWERS, ROWS_OF_ENTITIES, ROWS_OF_TEXTS]
+    assert all(any(set(s.rows) <= columns for columns in columns_of) for s in METRICS.values() if s.rows)
     assert {family_of(name).name for name in CARD_ORDER} <= set(METRICS)
 
 

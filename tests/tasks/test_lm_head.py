@@ -106,7 +106,7 @@ def test_head_without_soft_cap_or_scale_is_caught(monkeypatch: pytest.MonkeyPatc
     own, taught = small("llama", seed=0), small(teacher, seed=1)
     goal = Objective()
     want = step_loss(own, taught, goal, of_the_model)
-    monkeypatch.setattr(lm_head, "_logit_transform", lambda config: (None, 1.0))
+    monkeypatch.setattr(lm_head, "logit_transform", lambda config: (None, 1.0))
     with pytest.raises(RecipeError, match="differ from the model's own"):
         step_loss(own, taught, goal, of_the_head)
     monkeypatch.setattr(LMHead, "_verify", lambda *_: None)
@@ -154,3 +154,24 @@ def test_teacher_that_is_the_base_of_the_student_has_no_dropout_or_adapter() -> 
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
         name for name, _ in model.named_parameters() if "lora_" in name
     }
+
+
+def test_layers_before_the_head_are_part_of_the_model() -> None:
+    """ModernBERT's decoder has a dense layer and a norm between its body and its output layer."""
+    from transformers import ModernBertDecoderConfig, ModernBertDecoderForCausalLM
+
+    torch.manual_seed(0)
+    shape = {name: value for name, value in SHAPE.items() if name not in ("num_key_value_heads", "head_dim")}
+    own = ModernBertDecoderForCausalLM(
+        ModernBertDecoderConfig(**{**shape, "bos_token_id": 1, "eos_token_id": 2})
+    ).eval()
+    goal, taught = Objective(), small("llama", seed=1)
+    want = step_loss(own, taught, goal, of_the_model)
+    loss = step_loss(own, taught, goal, of_the_head)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    parameters = [p for p in own.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(x, parameters, allow_unused=True) for x in (loss, want))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

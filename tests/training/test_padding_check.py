@@ -47,7 +47,7 @@ def classifier(tokenizer: Any, name: str, **values: Any) -> tuple[Any, SequenceC
     config = make_config(name, num_labels=3, **values)
     model = make_model(config, "AutoModelForSequenceClassification")
     reconcile(model, tokenizer)
-    padding = padding_of(config, "classes")
+    padding = padding_of(config, whole_rows=True)
     return model, SequenceClassification(tokenizer, labels=Labels(NAMES), padding=padding)
 
 
@@ -129,7 +129,7 @@ def test_padding_check_reports_a_family_that_cannot_run_on_short_rows(tokenizer:
 def test_embeddings_are_the_same_in_a_batch_as_alone(tokenizer: Any, name: str, pooling: str) -> None:
     config = make_config(name)
     model = make_model(config, "AutoModel")
-    task = Embedding(tokenizer, pooling=pooling, normalize=True, padding=padding_of(config, "vectors"))
+    task = Embedding(tokenizer, pooling=pooling, normalize=True, padding=padding_of(config, whole_rows=False))
     assert check_padding(model, task, max_length=128, device="cpu") is None
     assert furthest(task, model, examples(30, 7, 12), lambda o: o.values) < 1e-4
 

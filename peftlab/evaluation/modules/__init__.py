@@ -1,4 +1,4 @@
-"""The metrics, one module each, named as in ``specs.metrics``.
+"""The metrics, one module each, named as in ``specs.metrics``, in lower case.
 
 The module of a metric that evaluation computes has an ``evaluate.Metric`` and loads by path with ``evaluate.load``, without
 a hub. The module of a metric with an interval over rows has ``statistic``, the same value as a function of row counts, or
@@ -22,7 +22,7 @@ def load_metric(name: str) -> Any:
     """The ``evaluate.Metric`` class of a family that evaluation computes."""
     import evaluate
 
-    module = import_module(f".{METRICS[name].name}", __name__)
+    module = import_module(f".{METRICS[name].name.lower()}", __name__)
     (metric,) = [
         kind
         for kind in vars(module).values()
@@ -39,7 +39,7 @@ def takes_class_names(metric: Any) -> bool:
 def row_statistics(rows: Mapping[str, Floats]) -> dict[str, Statistic]:
     """Returns the headline statistics available from the columns ``rows``, [num_rows] each, by flat name."""
     return {
-        spec.headline: import_module(f".{spec.name}", __name__).statistic(rows)
+        spec.headline: import_module(f".{spec.name.lower()}", __name__).statistic(rows)
         for spec in METRICS.values()
         if spec.rows and spec.on_card and rows.keys() >= set(spec.rows)
     }
@@ -47,7 +47,7 @@ def row_statistics(rows: Mapping[str, Floats]) -> dict[str, Statistic]:
 
 def class_statistic(family: str, rows: Mapping[str, Floats], index: int) -> tuple[Statistic, int]:
     """Returns the statistic of one class, and its number of rows."""
-    statistic: tuple[Statistic, int] = import_module(f".{METRICS[family].name}", __name__).statistic_of_class(
+    statistic: tuple[Statistic, int] = import_module(f".{METRICS[family].name.lower()}", __name__).statistic_of_class(
         rows, index
     )
     return statistic

@@ -1,0 +1,101 @@
+"""What works with each kind of adapter and each storage of the weights, on one model of each build and for each of its tasks.
+
+Part of docs/families.md, which ``python -m tests.family_table`` writes; docs/adapters.md has every method on one model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import peftlab
+from peftlab.errors import PeftlabError
+from peftlab.specs.methods import METHODS
+from peftlab.training.progress import SilentProgress
+from tests.family_examples import FAMILIES, wide_values, write_family
+from tests.family_table import ADAPTERS as HEADING
+from tests.family_table import SETTINGS, family_recipe, title, write_rows
+
+STORAGES = ("none", "nf4", "int8")
+ADAPTERS: Mapping[str, Mapping[str, Any]] = {
+    "LoRA": {},
+    "DoRA": {"dora": True},
+    "bottleneck": {"method": "bottleneck"},
+    "IA3": {"method": "ia3"},
+    "full": {"method": "none"},
+}
+# An encoder, a decoder, two encoder-decoders, a transformer for images and a convolution net.
+MODELS = ("BertConfig", "LlamaConfig", "T5Config", "BartConfig", "ViTConfig", "ResNetConfig")
+_CLOSE = 1e-4
+_INTRODUCTION = f"""\
+{HEADING}
+
+One model of each build, for each of its tasks: the storages of the weights (`model.quantize`) with
+which the adapter trains, and a second look at the run finds the loss that training ended with. `full`
+trains the weights themselves, which quantized weights do not allow; a convolution net has no linear
+layers to quantize, and what is named there trains unquantized layers.
+"""
+
+
+def rows() -> Iterator[tuple[str, str]]:
+    """Config class and task of every row."""
+    yield from ((name, task) for name in MODELS for task, families in FAMILIES.items() if name in families)
+
+
+def measure(name: str, task: str) -> dict[str, str]:
+    """The cells of a row, by adapter. Writes into the current directory, which is empty."""
+    write_family(Path("model"), name, task, **wide_values(name, task))
+    write_rows(Path())
+    return {adapter: _cell(name, task, adapter) for adapter in ADAPTERS}
+
+
+def _cell(name: str, task: str, adapter: str) -> str:
+    section = dict(ADAPTERS[adapter])
+    if METHODS[section.get("method", "lora")].has_targets:
+        section |= SETTINGS.get(name, {})
+    works = [storage for storage in STORAGES if _works(task, section, storage, f"{adapter}-{storage}")]
+    return ", ".join(works) or "refused"
+
+
+def _works(task: str, adapter: Mapping[str, Any], storage: str, folder: str) -> bool:
+    """Whether the recipe trains; False if it is refused. Raises: AssertionError if the run evaluates otherwise again."""
+    document = family_recipe(task, adapter=adapter, model={"quantize": storage}, run={"dir": folder})
+    document["train"]["max_steps"] = 2
+    try:
+        loss = peftlab.train(document, progress=SilentProgress()).summary["after"]["loss"]
+    except PeftlabError:
+        return False
+    again = peftlab.evaluate(folder, progress=SilentProgress())["metrics"]["loss"]
+    assert abs(again - loss) < _CLOSE * loss, (task, adapter, storage, loss, again)
+    return True
+
+
+def section(measured: Mapping[tuple[str, str], Mapping[str, str]]) -> str:
+    """The section of docs/families.md."""
+    head = ["model", "task", *ADAPTERS]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for (name, task), cells in measured.items():
+        lines.append("| " + " | ".join([f"`{title(name, task)}`", task, *(cells[a] for a in ADAPTERS)]) + " |")
+    return "\n".join([_INTRODUCTION, *lines]) + "\n"
+
+
+def read_section(text: str) -> dict[tuple[str, str], list[str]]:
+    """The cells of the section in the text of docs/families.md, by model and task."""
+    found = {}
+    for line in re.findall(r"^\| `.*$", text.partition(HEADING)[2], flags=re.MULTILINE):
+        model, task, *cells = (cell.strip(" `") for cell in line.split("|")[1:-1])
+        found[model, task] = cells
+    return found
+
+
+def measure_all() -> dict[tuple[str, str], dict[str, str]]:
+    measured = {}
+    for name, task in rows():
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            measured[name, task] = measure(name, task)
+        print(name, task, measured[name, task], flush=True)
+    return measured
