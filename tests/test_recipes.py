@@ -29,6 +29,7 @@ TINY = {
     "extractive_qa": "tiny:bert",
     "reranking": "tiny:bert",
     "masked_lm": "bert",  # a folder that the test writes: the tiny tokenizer has no mask token
+    "object_detection": "tiny:detr",
 }
 # What a newcomer types first. None of them is in the data.
 SPAM = [

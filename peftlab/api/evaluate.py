@@ -51,11 +51,9 @@ def evaluate(
             )
         if settings.eval.metrics is not None:
             check_metrics(settings.eval.metrics, settings.spec, bool(settings.eval.choices))
-        names = settings.eval.metrics or default_metrics(settings.spec, bool(settings.eval.choices))
         if picture is not None:
             check_picture(Path(picture))
             check_metrics(["confusion"], settings.spec, bool(settings.eval.choices))
-            names = list(dict.fromkeys([*names, "confusion"]))
         progress.stage("reading data")
         assembly = resolved.assembly(reads_data=True)
         held_out = assembly.held_out  # before the model, which takes longer
@@ -66,6 +64,8 @@ def evaluate(
         progress.stage(f"evaluating on {count:,} row{'' if count == 1 else 's'}")
         # eval.best chooses among checkpoints, so rows need not allow it here.
         names = settings.eval.metrics or default_metrics(settings.spec, bool(settings.eval.choices))
+        if picture is not None:
+            names = list(dict.fromkeys([*names, "confusion"]))
         metrics = evaluate_examples(
             opened.model,
             opened.task,

@@ -190,6 +190,12 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
     if not assembly.method.has_targets:
         return
     planned = planned_modules(skeleton, method=method, **assembly.adapter_places)
+    if _ties_without_embeddings(skeleton):
+        raise RecipeError(
+            f"{skeleton.config.model_type} shares weights between its layers and has no token embeddings, and PEFT asks such a "
+            "model for them; use adapter.method=none",
+            key="adapter.method",
+        )
     if getattr(load_config(assembly.pretrained), "tf_padding", False) and any(
         is_convolution(skeleton.get_submodule(name)) for name in planned
     ):
@@ -222,6 +228,17 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
     everywhere = planned_modules(skeleton, method=method, **assembly.adapter_places | {"layers": None, "freeze": []})
     for note in reach_notes(skeleton, planned, targets=adapter.targets, quantized=quantized, everywhere=everywhere):
         yield Finding("reach", note, "adapter.targets")
+
+
+def _ties_without_embeddings(model: Any) -> bool:
+    """Whether PEFT (0.21) fails on a model: it looks for what is tied to the input embeddings."""
+    if not getattr(model, "_tied_weights_keys", None):
+        return False
+    try:
+        model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return True
+    return False
 
 
 def _of_texts(assembly: Assembly) -> Iterator[Finding]:

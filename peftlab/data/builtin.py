@@ -146,14 +146,20 @@ def _digits(name: str) -> tuple[Rows, list[bytes]]:
     return rows, [image.tobytes() for image in images]
 
 
+# Training and held-out rows are parts of one drawing, which takes seconds.
+@functools.lru_cache(maxsize=2)
+def _drawn(count: int) -> dict[str, list[Any]]:
+    return draw_shapes(count)
+
+
 def _shapes(name: str, count: str, key: str) -> tuple[Rows, list[bytes]]:
     if not re.fullmatch(r"[1-9][0-9]{0,5}", count) or int(count) > _MOST_SHAPES:
         raise DataError(f"{name!r}: expected {SHAPES} and a number of images, 1 to {_MOST_SHAPES:,}", key=key)
-    columns = draw_shapes(int(count))
+    columns = _drawn(int(count))
     contents = columns["image"]
     rows = Rows(
         name=name,
-        columns=columns,
+        columns=dict(columns),
         fingerprint=hashlib.sha256(b"".join(contents)).hexdigest(),
         origins=(Origin(f"{SHAPES}{count}", "record"),),
         origin_index=np.zeros(len(contents), dtype=np.int64),

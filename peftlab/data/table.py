@@ -12,7 +12,7 @@ from peftlab.errors import DataError, listed
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")
 SPLITS = ("train", "training", *HELD_OUT_SPLITS)
-_SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(SPLITS)})(?:[-_.]|$)", re.IGNORECASE)
+_SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(SPLITS)})(?:20\d\d)?(?:[-_.]|$)", re.IGNORECASE)
 
 
 class Table(NamedTuple):
@@ -53,7 +53,7 @@ class Options(NamedTuple):
 
 
 def split_in_name(name: str) -> str | None:
-    """The split that a file name such as ``train-00000-of-00001.parquet`` or ``my_test.csv`` has."""
+    """The split that a file name such as ``train-00000-of-00001.parquet``, ``my_test.csv`` or ``instances_val2017.json`` has."""
     match = _SPLIT_IN_NAME.search(name)
     return match[1].lower() if match else None
 

@@ -77,6 +77,10 @@ def load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
                 f"{name!r} has no safetensors weights; pickled weights can run code when loaded and are refused",
                 key="model.name",
             ) from error
+        if isinstance(error, ImportError) and "timm" in str(error):
+            raise RecipeError(
+                f"{name!r} is a model of timm, which is not installed: pip install timm torchvision", key="model.name"
+            ) from error
         first = str(error).strip().splitlines()[0]
         if (found := _NO_SUCH_HEAD.search(first)) is not None:
             raise RecipeError(

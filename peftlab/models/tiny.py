@@ -36,8 +36,17 @@ def tiny_tokenizer() -> Any:
 def tiny_config(name: str, **kwargs: Any) -> Any:
     """Config of ``tiny:llama`` (2 layers, hidden 64, tied head), ``tiny:bert`` (2 layers, hidden 64), ``tiny:t5`` (2 + 2
     layers, hidden 64, tied head), ``tiny:vit`` (2 layers, hidden 128, images of 8 x 8 pixels and one channel, in one
-    patch) or ``tiny:yolos`` (4 layers, hidden 96, images of 64 x 64 pixels in 64 patches, 10 queries)."""
-    from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig, YolosConfig
+    patch), ``tiny:yolos`` (4 layers, hidden 96, images of 64 x 64 pixels in 64 patches, 10 queries) or ``tiny:detr`` (a
+    Deformable DETR on a small ResNet, images of 64 x 64 pixels, 12 queries)."""
+    from transformers import (
+        BertConfig,
+        DeformableDetrConfig,
+        LlamaConfig,
+        ResNetConfig,
+        T5Config,
+        ViTConfig,
+        YolosConfig,
+    )
 
     if name == "tiny:vit":
         # One patch: with smaller ones the model learns digits more slowly, and students in the recipe digits-missing-class
@@ -82,6 +91,34 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
             attention_probs_dropout_prob=0.0,
             **kwargs,
         )
+
+    if name == "tiny:detr":
+        # Of the families, Deformable DETR learns boxes from random weights in the fewest steps: minutes, not hours.
+        stages: dict[str, Any] = {
+            "embedding_size": 32,
+            "hidden_sizes": [32, 48, 64],
+            "depths": [1, 1, 1],
+            "layer_type": "basic",
+            "out_features": ["stage2", "stage3"],
+        }
+        values: dict[str, Any] = {
+            "use_timm_backbone": False,
+            "use_pretrained_backbone": False,
+            "backbone": None,
+            "backbone_config": ResNetConfig(**stages),
+            "image_size": 64,
+            "num_feature_levels": 2,
+            "d_model": 64,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
+            "num_queries": 12,
+            "dropout": 0.0,
+        }
+        return DeformableDetrConfig(**values, **kwargs)
 
     shared: dict[str, Any] = {
         "vocab_size": 260,

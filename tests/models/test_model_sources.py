@@ -45,7 +45,7 @@ def test_resolve_model_accepts_a_local_folder(folder: Path) -> None:
 
 
 def test_resolve_model_refuses_unknown_names(tmp_path: Path, folder: Path) -> None:
-    refused("tiny:gpt", RecipeError, "there are tiny:llama, tiny:bert, tiny:vit")
+    refused("tiny:gpt", RecipeError, "there are tiny:llama, tiny:bert, tiny:t5, tiny:vit")
     refused(str(tmp_path / "lama"), RecipeError, "did you mean '.*llama'")
     refused("./no/such", RecipeError, "the folder no does not exist either")
     refused("model.gguf", RecipeError, "no such model file")

@@ -311,3 +311,30 @@ def test_check_shows_the_changes(tmp_path: Path) -> None:
 def test_settings_that_contradict_are_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         check(digits(tmp_path, **sections), progress=SilentProgress())
+
+
+def test_confusion_matrix_is_drawn(tmp_path: Path) -> None:
+    train(digits(tmp_path, train={"max_steps": 2}, eval={"before": False}), progress=SilentProgress())
+    report = evaluate(tmp_path / "run", picture=tmp_path / "confusion.png", progress=SilentProgress())
+    assert report["picture"] == str(tmp_path / "confusion.png")
+    counts = [v for name, v in report["metrics"].items() if name.startswith("confusion_")]
+    assert len(counts) == 100 and sum(counts) == 60
+    with PIL.Image.open(tmp_path / "confusion.png") as image:
+        assert min(image.size) > 500
+    with pytest.raises(RecipeError, match=r"ends in .png or .svg"):
+        evaluate(tmp_path / "run", picture="confusion.pdf", progress=SilentProgress())
+
+
+def test_model_of_timm_says_what_to_install(tmp_path: Path) -> None:
+    """timm is not installed here. Its config names an architecture of timm and no type of transformers."""
+    import importlib.util
+    import json
+
+    if importlib.util.find_spec("timm"):
+        pytest.skip("timm is installed")
+    (tmp_path / "model").mkdir()
+    config = {"architecture": "resnet18", "num_classes": 1000, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    (tmp_path / "model/model.safetensors").write_bytes(b"")
+    with pytest.raises(RecipeError, match="is a model of timm, which is not installed: pip install timm torchvision"):
+        check(digits(tmp_path, model={"name": str(tmp_path / "model")}), progress=SilentProgress())

@@ -315,5 +315,35 @@ def test_coco_folder_is_trained_and_evaluated(tmp_path: Path) -> None:
         name: str(tmp_path / f"annotations/instances_{part}.json")
         for name, part in (("train", "train2017"), ("eval", "val2017"))
     }
+    both = load_rows(str(tmp_path))
+    assert len(both) == 16 and "holds 'train', 'val'; data.train reads 'train'" in both.notes[0].message
+    assert len(load_rows(f"{tmp_path}:val")) == 8
     run = peftlab.train(recipe(tmp_path, data=data), progress=SilentProgress())
     assert run.summary["train_rows"] == 16 and run.summary["eval_rows"] == 8
+
+
+def test_found_objects_are_drawn_and_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftlab.cli.answers import answer_line, whole_answer
+
+    monkeypatch.chdir(tmp_path)
+    train(recipe(tmp_path, eval={"before": False}), progress=SilentProgress())
+    Path("one.png").write_bytes(load_rows("shapes:1").columns["image"][0])
+    options: dict[str, Any] = {"overrides": ["eval.min_score=0"], "progress": SilentProgress()}
+    list(predict("run", ["one.png", "one.png"], picture="found.png", **options))
+    with PIL.Image.open("found.png") as image:
+        assert image.size == (1005, 1005)
+    with pytest.raises(RecipeError, match=r"ends in .png or .svg"):
+        list(predict("run", ["one.png"], picture="found.jpg", **options))
+    first, second = predict("run", ["missing.png", "one.png"], **options)
+    assert first["objects"] is None and "cannot be read" in first["note"] and len(second["objects"]) == 10
+    record = {"input": "one.png", "objects": [{"label": "circle", "score": 0.982, "box": [1.0, 2.5, 3.0, 4.0]}]}
+    assert whole_answer(record, styled=True) == "circle  98.2 %  at 1, 2.5 to 3, 4"
+    assert whole_answer({"objects": []}, styled=True) == "nothing found"
+    assert json.loads(whole_answer(record, styled=False)) == record["objects"]
+    assert answer_line(record, styled=True, width=100) == "one.png: circle 98.2 % at 1, 2.5 to 3, 4"
+
+
+def test_pictures_of_other_tasks_are_refused(tmp_path: Path) -> None:
+    document = {"task": "image_cls", "model": {"name": "tiny:vit"}, "data": {"train": "sklearn:digits"}}
+    with pytest.raises(RecipeError, match="task: image_cls finds no objects"):
+        list(predict("tiny:vit", ["one.png"], recipe=document, picture="a.png", progress=SilentProgress()))
