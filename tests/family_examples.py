@@ -187,7 +187,6 @@ READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
     },
     "ConvNextConfig": {**_IMAGE, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
     "Dinov2Config": {**{k: v for k, v in _VIT.items() if k != "intermediate_size"}, "mlp_ratio": 2},
-    "MobileNetV1Config": {**_IMAGE, "image_size": 32, "depth_multiplier": 0.25},
     "MobileNetV2Config": {**_IMAGE, "image_size": 32, "depth_multiplier": 0.25},
 }
 # Families with a head that fills in masked tokens. BART and mBART read the masked text and write it.

@@ -51,6 +51,7 @@ _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
 SETTINGS = {
     "ResNetConfig": {"targets": ["convolution"]},
     "RegNetConfig": {"targets": ["shortcut.convolution", "layer.0.convolution", "layer.3.convolution"]},
+    "MobileNetV2Config": {"targets": ["expand_1x1.convolution", "reduce_1x1.convolution"]},
     "EfficientNetConfig": {"targets": ["expand_conv", "project_conv"]},
 }
 _NOTED = ("reach", "padding", "padding_token", "config_ids")
