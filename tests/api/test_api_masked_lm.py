@@ -177,12 +177,12 @@ def test_command_line_shows_the_masks(here: Path, capsys: pytest.CaptureFixture[
 
 
 def test_family_without_such_a_head_is_one_line_in_check(here: Path) -> None:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
-    config.save_pretrained(here / "llama")
+    LlamaForCausalLM(config).save_pretrained(here / "llama")
     masked_tokenizer().save_pretrained(here / "llama")
     with pytest.raises(RecipeError, match="transformers has no AutoModelForMaskedLM for Llama models") as error:
         peftlab.check(masked_recipe(model={"name": "llama"}), progress=SilentProgress())
