@@ -75,7 +75,11 @@ def _is_adapted(base: Any) -> bool:
 
     # Trained rows of a tied pair are the same rows.
     others = [m for m in _ends(base) if not isinstance(m, TrainableTokensLayer | TrainableTokensWrapper)]
-    return any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in others)
+    if any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in others):
+        return True
+    # A head that is trained in full as part of a larger module, such as the new head of a masked LM.
+    whole = [m for m in base.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    return any(inner is m for wrapper in whole for inner in wrapper.modules() for m in others if m is not None)
 
 
 def _untie(base: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 import peftlab
 from peftlab.errors import Interrupted, PeftlabError, RecipeError
 from peftlab.training.progress import SilentProgress
-from tests.masked_examples import masked_recipe, masked_tokenizer, write_bert, write_texts
+from tests.masked_examples import make_bert, masked_recipe, masked_tokenizer, write_bert, write_texts
 from tests.run_examples import Stopper
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -177,13 +177,23 @@ def test_command_line_shows_the_masks(here: Path, capsys: pytest.CaptureFixture[
 
 
 def test_family_without_such_a_head_is_one_line_in_check(here: Path) -> None:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
-    config.save_pretrained(here / "llama")
+    LlamaForCausalLM(config).save_pretrained(here / "llama")
     masked_tokenizer().save_pretrained(here / "llama")
     with pytest.raises(RecipeError, match="transformers has no AutoModelForMaskedLM for Llama models") as error:
         peftlab.check(masked_recipe(model={"name": "llama"}), progress=SilentProgress())
     assert error.value.key == "model.name" and "another family" in str(error.value)
+
+
+def test_new_head_is_trained_in_full_and_merged(here: Path) -> None:
+    """A model for sentence embeddings has no head; the new one is no longer tied to the embeddings."""
+    make_bert().bert.save_pretrained(here / "body")
+    masked_tokenizer().save_pretrained(here / "body")
+    run = train(masked_recipe(model={"name": "body"}, run={"merge": "original"}))
+    assert run.summary["merge"]["verified"]
+    again = peftlab.evaluate(run.merged, progress=SilentProgress())
+    assert again["metrics"]["loss"] == pytest.approx(run.summary["after"]["loss"], rel=1e-4)
