@@ -187,7 +187,6 @@ READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
         "hidden_dim": 320,
     },
     "ConvNextConfig": {**_IMAGE, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
-<<<<<<< HEAD
     "ConvNextV2Config": {**_IMAGE, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
     "Dinov2Config": {k: v for k, v in _VIT.items() if k != "intermediate_size"},
     "BeitConfig": _VIT,
@@ -230,10 +229,6 @@ READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
         "mlp_ratios": [2, 2],
         "decoder_hidden_size": 16,
     },
-=======
-    "Dinov2Config": {**{k: v for k, v in _VIT.items() if k != "intermediate_size"}, "mlp_ratio": 2},
-    "MobileNetV2Config": {**_IMAGE, "image_size": 32, "depth_multiplier": 0.25},
->>>>>>> 1bfd48719f7a28439830588dcfe8e81f67ba3be0
 }
 _NO_START = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TRANSLATORS: dict[str, dict[str, Any]] = {

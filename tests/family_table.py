@@ -52,7 +52,6 @@ STORAGES = ("nf4", "int8")
 ADAPTERS = "## Adapters and storages"  # the heading of the other table
 # Decoders with a head for classes; the others differ from these only in their body.
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
-<<<<<<< HEAD
 _EMBEDDING_DECODERS = (*_DECODERS, "Qwen3Config", "MistralConfig", "Gemma3TextConfig")
 # The metric that a second evaluation repeats, if it is not the loss, and the columns of the rows.
 _METRICS = {"embedding": "mrr"}
@@ -60,14 +59,6 @@ _COLUMNS = {
     "seq2seq": {"source": "text", "target": "label"},
     "embedding": {"anchor": "text", "positive": "other"},
     "reranking": {"query": "text", "document": "other", "score": "right"},
-=======
-# What the default, all-linear, does not reach, by the remedy of its message.
-SETTINGS = {
-    "ResNetConfig": {"targets": ["convolution"]},
-    "RegNetConfig": {"targets": ["shortcut.convolution", "layer.0.convolution", "layer.3.convolution"]},
-    "MobileNetV2Config": {"targets": ["expand_1x1.convolution", "reduce_1x1.convolution"]},
-    "EfficientNetConfig": {"targets": ["expand_conv", "project_conv"]},
->>>>>>> 1bfd48719f7a28439830588dcfe8e81f67ba3be0
 }
 _NOTED = ("reach", "padding", "padding_token", "config_ids")
 _WORDS = {"good": "pos", "fine": "pos", "bad": "neg", "poor": "neg"}
