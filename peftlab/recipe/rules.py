@@ -65,7 +65,8 @@ def keys_of_other_tasks(recipe: Recipe) -> Problems:
             yield from _no_effect(recipe, [key], f"for {spec.what}{lacks}")
     for part in recipe.data.columns:
         if part not in spec.columns:
-            yield (f"data.columns.{part}",), f"has no effect for {spec.what}; remove it"
+            chosen = f", which has the columns {', '.join(spec.columns)}" if spec.chosen_by else ""
+            yield (f"data.columns.{part}",), f"has no effect for {spec.what}{chosen}; remove it"
 
 
 def keys_of_other_methods(recipe: Recipe) -> Problems:
