@@ -14,11 +14,10 @@ from typing import Any
 
 import peftlab
 from peftlab.errors import PeftlabError
-from peftlab.specs.methods import METHODS
 from peftlab.training.progress import SilentProgress
 from tests.family_examples import FAMILIES, wide_values, write_family
 from tests.family_table import ADAPTERS as HEADING
-from tests.family_table import SETTINGS, family_recipe, title, write_rows
+from tests.family_table import family_recipe, title, write_rows
 
 STORAGES = {"plain": "none", "nf4": "nf4", "int8": "int8"}
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
@@ -50,14 +49,12 @@ def measure(name: str, task: str) -> dict[str, str]:
     """The cells of a row, by adapter. Writes into the current directory, which is empty."""
     write_family(Path("model"), name, task, **wide_values(name, task))
     write_rows(Path())
-    return {adapter: _cell(name, task, adapter) for adapter in ADAPTERS}
+    return {adapter: _cell(task, adapter) for adapter in ADAPTERS}
 
 
-def _cell(name: str, task: str, adapter: str) -> str:
-    section = dict(ADAPTERS[adapter])
-    if METHODS[section.get("method", "lora")].has_targets:
-        section |= SETTINGS.get(name, {})
-    return ", ".join(filter(None, (_result(task, section, storage, f"{adapter}-{storage}") for storage in STORAGES)))
+def _cell(task: str, adapter: str) -> str:
+    parts = (_result(task, ADAPTERS[adapter], storage, f"{adapter}-{storage}") for storage in STORAGES)
+    return ", ".join(filter(None, parts))
 
 
 def _result(task: str, adapter: Mapping[str, Any], storage: str, folder: str) -> str:
