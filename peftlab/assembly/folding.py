@@ -18,13 +18,27 @@ def folded(adapted: Any) -> Any:
     method = method_of(adapted.peft_config["default"])
     check_mergeable((method, *beside(adapted)))
     try:
-        return fold(adapted)
+        return _with_biases(fold(adapted))
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise RecipeError(
             f"PEFT cannot merge this {method.upper()} adapter: {reason}; use it as an adapter, without merging",
             key="adapter.method",
         ) from error
+
+
+def _with_biases(model: Any) -> Any:
+    """Keeps the bias of an output layer that transformers shares with another place: a head that is no longer tied gets both
+    in its files, because transformers then opens them apart."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for used, other in (getattr(model, "_tied_weights_keys", None) or {}).items():
+        if used.endswith(".bias") and used in parameters and other in parameters:
+            tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+            parameters[other].data = parameters[used].data if tied else parameters[used].data.clone()
+            if not tied and parameters[other] is parameters[used]:
+                module = model.get_submodule(used.rpartition(".")[0])
+                module.bias = torch.nn.Parameter(parameters[used].data.clone(), requires_grad=False)
+    return model
 
 
 def check_mergeable(methods: Iterable[str]) -> None:

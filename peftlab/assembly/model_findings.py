@@ -173,7 +173,7 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
         places = (
             assembly.adapter_places
             | {"modules_to_save": ()}
-            | ({"peft_type": None} if assembly.spec.classifies else {})
+            | ({"peft_type": None} if assembly.spec.reads_whole_rows else {})
         )
         try_injection(assembly.skeleton(), method, **places, **assembly.adapter_options)
     if (start := assembly.start) is not None:

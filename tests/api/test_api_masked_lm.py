@@ -195,5 +195,6 @@ def test_new_head_is_trained_in_full_and_merged(here: Path) -> None:
     masked_tokenizer().save_pretrained(here / "body")
     run = train(masked_recipe(model={"name": "body"}, run={"merge": "original"}))
     assert run.summary["merge"]["verified"]
-    again = peftlab.evaluate("run", progress=SilentProgress())
-    assert again["metrics"]["loss"] == pytest.approx(run.summary["after"]["loss"], rel=1e-4)
+    for target in ("run", "run/merged"):
+        again = peftlab.evaluate(target, progress=SilentProgress())
+        assert again["metrics"]["loss"] == pytest.approx(run.summary["after"]["loss"], rel=1e-4)
