@@ -17,7 +17,7 @@ from peftlab.errors import PeftlabError
 from peftlab.training.progress import SilentProgress
 from tests.family_examples import FAMILIES, wide_values, write_family
 from tests.family_table import ADAPTERS as HEADING
-from tests.family_table import family_recipe, title, write_rows
+from tests.family_table import PAGE, family_recipe, title, write_rows
 
 STORAGES = {"plain": "none", "nf4": "nf4", "int8": "int8"}
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
@@ -72,11 +72,13 @@ def _result(task: str, adapter: Mapping[str, Any], storage: str, folder: str) ->
 
 
 def section(measured: Mapping[tuple[str, str], Mapping[str, str]]) -> str:
-    """The section of docs/families.md."""
+    """The section of docs/families.md, by title of the model and task; empty if nothing is measured."""
+    if not measured:
+        return ""
     head = ["model", "task", *ADAPTERS]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for (name, task), cells in measured.items():
-        lines.append("| " + " | ".join([f"`{title(name, task)}`", task, *(cells[a] for a in ADAPTERS)]) + " |")
+        lines.append("| " + " | ".join([f"`{name}`", task, *(cells[a] for a in ADAPTERS)]) + " |")
     return "\n".join([_INTRODUCTION, *lines]) + "\n"
 
 
@@ -89,10 +91,16 @@ def read_section(text: str) -> dict[tuple[str, str], list[str]]:
     return found
 
 
+def read_cells() -> dict[tuple[str, str], dict[str, str]]:
+    """The measured cells of the page."""
+    found = read_section(PAGE.read_text())
+    return {key: dict(zip(ADAPTERS, cells, strict=True)) for key, cells in found.items()}
+
+
 def measure_all() -> dict[tuple[str, str], dict[str, str]]:
     measured = {}
     for name, task in rows():
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            measured[name, task] = measure(name, task)
-        print(name, task, measured[name, task], flush=True)
+            measured[title(name, task), task] = measure(name, task)
+        print(name, task, measured[title(name, task), task], flush=True)
     return measured

@@ -68,7 +68,7 @@ _INTRODUCTION = """\
 
 Each row is a tiny random model of a family of transformers, trained with the defaults of a recipe
 (LoRA on all linear layers) on a CPU. `python -m tests.family_table` measures all of them and writes
-this page. A test measures each row again and compares it with the page. Families without linear
+this page; a family or a task that is not in it is not measured yet. A test measures each row again and compares it with the page. Families without linear
 layers, of which a note says so, are trained on their convolutions.
 
 - **train**: the recipe trains.
@@ -317,17 +317,29 @@ def measure_in(folder: Path, name: str, task: str, process: Processes) -> Row:
         return measure(name, task, folder, evaluate=evaluate)
 
 
-def main() -> None:
+def main(chosen: Sequence[str]) -> None:
+    """Measures the rows whose task or ``CONFIG-TASK`` is chosen, or all, and keeps the others of the page."""
     from tests import adapter_table  # it imports this file
 
-    process, rows = Processes(), []
+    process, measured = Processes(), dict[tuple[str, str], Row]()
     os.environ["PYTHONPATH"] = str(PAGE.parent.parent)
     for name, task in families():
+        if chosen and not {task, f"{name}-{task}"} & set(chosen):
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure_in(Path(folder), name, task, process))
-        print(rows[-1], file=sys.stderr, flush=True)
-    PAGE.write_text(page(rows, adapter_table.section(adapter_table.measure_all())))
+            row = measure_in(Path(folder), name, task, process)
+        measured[row.family, task] = row
+        print(row, file=sys.stderr, flush=True)
+    adapters = adapter_table.measure_all() if not chosen or "adapters" in chosen else adapter_table.read_cells()
+    old = {
+        key: Row(*key, dict(zip(COLUMNS, cells, strict=True)), notes)
+        for key, (cells, notes) in read_page().items()
+        if len(cells) == len(COLUMNS)
+    }
+    keys = [(title(name, task), task) for name, task in families()]
+    rows = [measured.get(key) or old.get(key) for key in keys]
+    PAGE.write_text(page([row for row in rows if row is not None], adapter_table.section(adapters)))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
