@@ -215,8 +215,12 @@ def _length_lines(train: Report, *, unicode: bool) -> list[Table | Text]:
     from rich.text import Text
 
     lengths, limit = train["lengths"], None if train["sides"] else train["max_length"]
-    cut = "in windows of" if "questions" in train else "before truncation, limit"
-    which = "tokens per row, source and target" if limit is None else f"tokens per row ({cut} {limit:,})"
+    if limit is None:
+        which = "tokens per row, source and target"
+    elif "questions" in train:
+        which = f"tokens per row, in windows of {limit:,}"
+    else:
+        which = f"tokens per row before truncation (limit {limit:,})"
     summary = f"{which}: {_range_text(lengths)}"
     table = new_table()
     table.show_header, table.box = False, None

@@ -9,7 +9,7 @@ Padding = Literal["right", "left", "none"]
 
 # Their outputs of a padded row differ from those of the row alone: they mix positions without a mask (FNet,
 # Nystromformer), hash them (Reformer, YOSO), or convolve over the padding (ConvBERT).
-_NO_PADDING = {"convbert", "fnet", "nystromformer", "reformer", "yoso"}
+_NO_PADDING = {"canine", "convbert", "fnet", "nystromformer", "reformer", "yoso"}
 # Their positions are counted from the padding id of the config, so it cannot change.
 COUNTED_FROM_PADDING = {
     "camembert",

@@ -122,7 +122,7 @@ def test_run_with_experts_resumes_to_the_byte(here: Path) -> None:
 
 
 def test_check_counts_experts_and_says_that_they_are_not_quantized(here: Path) -> None:
-    (text, *_) = said(document("Qwen3MoeConfig", [DOWN], model={"quantize": "nf4"}))
+    (text, *_) = said(document("Qwen3MoeConfig", [DOWN], model={"quantize": "int8"}))
     assert text == "the adapter changes experts.down_proj of 4 experts in each of 2 layers, not quantized"
 
 

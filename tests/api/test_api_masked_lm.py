@@ -148,7 +148,7 @@ def test_recipe_that_cannot_work_is_refused(sections: dict[str, Any], key: str, 
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
-    ("model", "message"), [("tiny:llama", "has no mask token"), ("tiny:bert", "has no mask token")]
+    ("model", "message"), [("tiny:llama", "has no llama model for task: masked_lm"), ("tiny:bert", "has no mask token")]
 )
 def test_model_that_fills_no_masks_is_one_line_in_check(model: str, message: str) -> None:
     with pytest.raises(PeftlabError, match=message):
@@ -184,7 +184,7 @@ def test_family_without_such_a_head_is_one_line_in_check(here: Path) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(here / "llama")
     masked_tokenizer().save_pretrained(here / "llama")
-    with pytest.raises(RecipeError, match="transformers has no AutoModelForMaskedLM for Llama models") as error:
+    with pytest.raises(RecipeError, match="transformers has no llama model for task: masked_lm") as error:
         peftlab.check(masked_recipe(model={"name": "llama"}), progress=SilentProgress())
     assert error.value.key == "model.name" and "another family" in str(error.value)
 

@@ -85,7 +85,9 @@ def test_impossible_gives_the_reason_for_a_cell(changes: dict[str, Any], reason:
 
 
 def test_impossible_depends_on_task_and_machine() -> None:
-    assert "seq_cls has nothing to generate" in str(impossible(cell(what="generate"), Facts("seq_cls", 512, 32)))
+    assert "causal language models only, and this is task seq_cls" in str(
+        impossible(cell(what="generate"), Facts("seq_cls", 512, 32))
+    )
     missing = Facts("causal_lm", 128, 32, no_bitsandbytes="No module named 'bitsandbytes'")
     assert "int8 needs bitsandbytes, which cannot be imported (No module" in str(
         impossible(cell(quantize="int8"), missing)

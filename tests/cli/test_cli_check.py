@@ -189,7 +189,8 @@ def test_check_json_is_one_complete_document(capsys: pytest.CaptureFixture[str])
     assert code == 0 and report["ok"]
     assert len(report["preview"]) == 3 and report["preview"][0]["segments"][0][1:] == ["template", False]
     assert set(report) == {
-        "ok", "recipe", "task", "model", "style", "format", "findings", "train", "held_out", "shared", "distill", "estimate", "preview",
+        "ok", "recipe", "task", "model", "style", "format", "findings", "train", "held_out", "shared", "distill", "unlabelled",
+        "estimate", "preview",
         "split",
     }  # fmt: skip
     assert report["format"] == "chat messages (column 'messages')"

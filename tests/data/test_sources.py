@@ -206,7 +206,7 @@ def test_sample_larger_than_the_data_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("count", ["0", "abc", "", "-1", "1.5", "9" * 5000])
 def test_sample_size_must_be_a_positive_integer(folder: Path, count: str) -> None:
-    assert f"1 or more, as in NAME#500; found {count!r}" in error(f"{folder}/train.csv#{count}")[0]
+    assert f"NAME#8-per-class; found {count!r}" in error(f"{folder}/train.csv#{count}")[0]
 
 
 def test_file_with_a_hash_in_its_name_is_not_a_sample(folder: Path) -> None:

@@ -308,7 +308,7 @@ def test_distill_on_a_full_disk_leaves_nothing_or_resumes(here: Path, monkeypatc
             distill(document, progress=SilentProgress())
     assert contents(here) == before, "no training saved anything, so nothing is left"
     with monkeypatch.context() as patch:
-        patch.setattr(distilling, "_link", full)
+        patch.setattr(distilling, "link_file", full)
         with pytest.raises(ResourceError, match="the disk is full"):
             distill(document, progress=SilentProgress())
     assert peftlab.open_run("run").summary["status"] == "failed"

@@ -211,5 +211,5 @@ def test_encoders_are_no_causal_language_models(name: str, values: dict[str, Any
 
 def test_funnel_pairs_positions_with_padding_where_it_predicts_tokens() -> None:
     config = make_config("FunnelConfig")
-    assert padding_of(config, "tokens") == padding_of(config, "token classes") == "none"
-    assert padding_of(config, "classes") == "right"
+    assert padding_of(config, whole_rows=False) == "none"
+    assert padding_of(config, whole_rows=True) == "right"

@@ -299,10 +299,10 @@ def test_distill_loss_of_a_teacher_with_another_order_of_classes(lab: Lab) -> No
 
 
 def test_distill_loss_of_a_teacher_with_its_own_tokenizer(lab: Lab) -> None:
-    own = {e.row: replace(e, ids=np.append(e.ids[::-1], [7]).astype(np.int32)) for e in lab.classes.examples}
+    own = {e.key: replace(e, ids=np.append(e.ids[::-1], [7]).astype(np.int32)) for e in lab.classes.examples}
 
     def say(student: Any, ids: Tensor) -> Tensor:
-        (row,) = [e.row for e in lab.classes.examples if e.ids.tolist() == ids[0].tolist()]
+        (row,) = [e.key for e in lab.classes.examples if e.ids.tolist() == ids[0].tolist()]
         return lab.classifier(input_ids=torch.tensor(own[row].ids, dtype=torch.int64)[None]).logits
 
     teacher = taught_by(lab.classes, lab.classifier, examples=own)

@@ -27,6 +27,7 @@ NAMES = ["a", "b", "c"]
 # Families whose padded rows differ from rows alone, and XLNet, whose head reads the last position.
 OWN_WAY = {
     "XLNetConfig": "left",
+    "CanineConfig": "none",
     "ConvBertConfig": "none",
     "FNetConfig": "none",
     "NystromformerConfig": "none",
