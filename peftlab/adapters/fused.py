@@ -59,6 +59,7 @@ class FusedLora(LoraLayer):
             self.kept_slow = reason
         if reason is None:
             return self._fused(x)
+        _settle_int8(self.get_base_layer())
         if self.kernels == "compared" and self.slow_reason(x, args, kwargs, kernels="auto") is None:
             with self._drawn_dropout():
                 return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
@@ -350,6 +351,14 @@ def _nf4_weight(base: Any, weight: Any) -> ops.NF4Weight:
         nested,
         state.state2.blocksize if state.nested else 256,
     )
+
+
+def _settle_int8(base: Any) -> None:
+    """Keeps the scales of an int8 layer whose weight PEFT (0.21) moved to read it, as DoRA does at each forward on a CPU: the moved
+    weight has none, and bitsandbytes would take that for the scales."""
+    weight, state = base.weight, getattr(base, "state", None)
+    if getattr(weight, "CB", None) is not None and weight.SCB is None and state is not None and state.SCB is not None:
+        weight.CB, state.CB = None, weight.data
 
 
 def _int8_weight(base: Any, weight: Any) -> ops.Int8Weight:

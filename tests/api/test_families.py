@@ -10,7 +10,7 @@ import pytest
 import peftlab
 from peftlab.training.progress import SilentProgress
 from tests import adapter_table
-from tests.family_examples import write_family
+from tests.family_examples import wide_values, write_family
 from tests.family_table import COLUMNS, PAGE, families, family_recipe, measure_in, read_page, title, write_rows
 
 # One of each kind of layer, adapter and padding, and one that is refused; the others run with the slow tests.
@@ -67,3 +67,15 @@ def test_experts_that_a_recipe_names_are_trained(tmp_path: Path, monkeypatch: py
     adapter = {"targets": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
     run = peftlab.train(family_recipe("causal_lm", adapter=adapter), progress=SilentProgress())
     assert run.summary["adapter"]["kinds"] == {"experts.down_proj": 2, "q_proj": 2}
+
+
+def test_dora_trains_on_int8_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT moves an int8 weight at each forward, and bitsandbytes then loses its scales."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path)
+    write_family(Path("model"), "BertConfig", "seq_cls", **wide_values("BertConfig", "seq_cls"))
+    document = family_recipe("seq_cls", adapter={"dora": True}, model={"quantize": "int8"})
+    run = peftlab.train(document, progress=SilentProgress())
+    again = peftlab.evaluate("run", progress=SilentProgress())["metrics"]["loss"]
+    assert again == pytest.approx(run.summary["after"]["loss"], rel=1e-4)
+    assert peftlab.merge("run", base="dequantized", progress=SilentProgress())["verified"]
