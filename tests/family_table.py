@@ -79,7 +79,8 @@ on their convolutions.
 - **batch = alone**: a row gives the same outputs in a batch and alone.
 - **resume**: a run that is stopped and resumed ends with the same bytes.
 - **nf4**, **int8**: the recipe with `model.quantize` trains, and a second look at the run finds the
-  loss that training ended with; `-` for a model without linear layers in its body.
+  loss that training ended with; `-` for a model without linear layers in its body, refused if
+  `check` says that its weights cannot be quantized.
 """
 _NOTES = """\
 `peftlab check` says each of these lines when you bring a model of the family. Counts and ids are
@@ -167,6 +168,8 @@ def _quantized(name: str, task: str, folder: Path, storage: str) -> str:
         value = peftlab.train(document, progress=SilentProgress()).summary["after"][metric]
         again = peftlab.evaluate(storage, progress=SilentProgress())["metrics"][metric]
     except PeftlabError as error:
+        if error.key == "model.quantize":
+            return "refused"
         return f"**no: {_line(str(error), folder)[:120]}**"
     return _yes(abs(again - value) < _CLOSE * value, f"other {metric}")
 

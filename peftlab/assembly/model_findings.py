@@ -144,8 +144,26 @@ def model_findings(assembly: Assembly) -> list[Finding]:
     return [*_of_weights(assembly), *texts]
 
 
-def _check_nf4(assembly: Assembly) -> None:
-    """Raises RecipeError if this machine's bitsandbytes would read the quantized weights wrongly."""
+# Families that compute with the weights of their layers directly.
+_READS_WEIGHTS = ("mamba", "falcon_mamba")
+
+
+def _check_quantized(assembly: Assembly) -> None:
+    """Raises RecipeError if the family, or this machine's bitsandbytes, would read the quantized weights wrongly."""
+    config = load_config(assembly.pretrained)
+    kind = config.model_type
+    if assembly.storage == "int8" and getattr(config, "attention_type", None) == "block_sparse":
+        raise RecipeError(
+            f"{kind} changes from sparse to full attention at short rows, and its int8 outputs are others then; set "
+            "attention_type to original_full in its config.json, or model.quantize=nf4",
+            key="model.quantize",
+        )
+    if assembly.storage != "none" and kind in _READS_WEIGHTS:
+        raise RecipeError(
+            f"{kind} computes with the weights of its layers as they are stored, so they cannot be quantized; set "
+            "model.quantize=none",
+            key="model.quantize",
+        )
     if assembly.storage != "nf4" or assembly.device != "cpu":
         return
     if (width := next((w for w in linear_widths(assembly.skeleton()) if misreads_nf4(w)), None)) is not None:
@@ -162,7 +180,7 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
             f"the weights are stored in {stored} by bitsandbytes; they stay so, and a merge writes their dequantized values",
             "model.name",
         )
-    _check_nf4(assembly)
+    _check_quantized(assembly)
     if not assembly.method.adapts:
         return
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name

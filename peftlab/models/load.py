@@ -19,6 +19,8 @@ from peftlab.models.tiny import tiny_config
 _NOT_QUANTIZED = ["lm_head", "embed_out", "classifier", "score", "pooler.dense"]
 # The head of T5ForQuestionAnswering (transformers 5.23), which is its own body.
 _LOOSE_HEAD = "qa_outputs"
+# Layers whose input the family casts to the dtype of their weight, by type of model; quantized ones have none that fits.
+_CAST_TO = {"longt5": ["wo"], "switch_transformers": ["wo"]}
 _NEW = "new_weights"  # the attribute of a loaded model that names its new parameters
 
 
@@ -61,7 +63,8 @@ def load_model(
         check_stored(pretrained, stored, quantize)
         kwargs["device_map"] = {"": device}
     elif quantize != "none":
-        kept = _NOT_QUANTIZED + _outside_body(load_skeleton(pretrained, auto_class=auto_class, **model_kwargs))
+        skeleton = load_skeleton(pretrained, auto_class=auto_class, **model_kwargs)
+        kept = [*_NOT_QUANTIZED, *_outside_body(skeleton), *_CAST_TO.get(skeleton.config.model_type, ())]
         kwargs["quantization_config"] = _quantization(quantize, double_quant, compute, kept)
         kwargs["device_map"] = {"": device}
     auto = getattr(transformers, auto_class)
