@@ -275,7 +275,7 @@ def _plain_peft(task: str) -> Any:
     if task == "object_detection":
         options["ignore_mismatched_sizes"] = True  # its head is for other categories
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
-    if task in ("seq_cls", "token_cls", "extractive_qa", "seq2seq", "reranking"):
+    if task in ("seq_cls", "token_cls", "extractive_qa", "masked_lm", "seq2seq", "reranking"):
         tokenizer = load_tokenizer(find_pretrained("model"))
         for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
             setattr(base.config, name, wanted)
