@@ -106,7 +106,7 @@ def _smoke(device: Device, quantize: str) -> Row:
         runs = [peftlab.train("smoke", [f"run.dir={folder}/{i}", *changes]) for i in range(2)]
         same = len({(r.adapter / "adapter_model.safetensors").read_bytes() for r in runs}) == 1
         summary = runs[0].summary
-        on_cpu = _agreement_on_cpu(runs[0].folder)
+        on_cpu = agreement_on_cpu(runs[0].folder)
     parity = summary["parity"]
     return {
         "accuracy": summary["after"]["accuracy"],
@@ -118,7 +118,7 @@ def _smoke(device: Device, quantize: str) -> Row:
     }
 
 
-def _agreement_on_cpu(run: Path) -> Agreement:
+def agreement_on_cpu(run: Path) -> Agreement:
     """How the run, opened on the CPU, agrees with the model in training."""
     from peftlab.assembly.target import find_target, open_target
     from peftlab.assembly.witness import read_witness

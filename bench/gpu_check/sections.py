@@ -2,7 +2,7 @@
 
 The first wave checks the ops that it times, then times losses, NF4 linears at 8,192 rows and whole steps. The second wave has
 the rest. A section waits for those that it depends on, and later sections keep their reserved time (``least``).
-``tests``, ``tiny models`` and ``smoke recipe`` combine ops, so their red rows do not show which op is wrong: no figure depends
+``tests``, ``tiny models``, ``smoke recipe`` and ``tasks`` combine ops, so their red rows do not show which op is wrong: no figure depends
 on them. No figure depends on ``small adapters, masks, determinism`` either. The sections of ``lora_linear`` already compare
 every output and gradient with float64 under the same masks. The additional promises of those rows (equal bytes, little loss
 of a small adapter) have their own claims and do not change what is timed.
@@ -89,6 +89,7 @@ SECTIONS = [
     Section("tiny models", "models", "bench.gpu_check.models:tiny_models", 90, wave=2, needs=LAYERS),
     Section("tests", "tests", "bench.gpu_check.models:gpu_tests", 170, wave=2, needs=("pytest", *LAYERS)),
     Section("smoke recipe", "recipe", "bench.gpu_check.models:smoke_recipe", 120, wave=2, needs=RECIPES),
+    Section("tasks", "tasks", "bench.gpu_check.tasks:every_task", 120, wave=2, needs=RECIPES),
     Section(
         "dequant speed",
         "more ops",

@@ -11,8 +11,9 @@ CHAT_TEMPLATE = (
 _SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
 
 
-def tiny_tokenizer() -> Any:
-    """A byte-level tokenizer with 260 entries (4 special ones) and a ChatML template: no files, no network."""
+def tiny_tokenizer(name: str = "tiny:llama") -> Any:
+    """A byte-level tokenizer with 260 entries (4 special ones) and a ChatML template: no files, no network. That of
+    ``tiny:bert`` also masks, with the token that begins a turn."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +28,7 @@ def tiny_tokenizer() -> Any:
         eos_token="<|im_end|>",
         unk_token="<|unk|>",
         model_max_length=512,
+        **({"mask_token": "<|im_start|>"} if name == "tiny:bert" else {}),
     )
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     fast.chat_template = CHAT_TEMPLATE

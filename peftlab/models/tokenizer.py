@@ -35,7 +35,7 @@ def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None, 
     from transformers import AutoTokenizer
 
     if pretrained.source.kind == "tiny":
-        tokenizer = tiny_tokenizer()
+        tokenizer = tiny_tokenizer(pretrained.source.name)
     elif pretrained.source.kind == "shape":
         tokenizer = preset_tokenizer(pretrained.source.path)
     else:
