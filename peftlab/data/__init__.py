@@ -8,11 +8,11 @@ from peftlab.data.findings import Finding, check_ids, find, require
 from peftlab.data.images import Image, read_images, size_text
 from peftlab.data.labels import class_names, label_text, nearest_label, read_labels
 from peftlab.data.ledger import Ledger
+from peftlab.data.numbers import read_numbers, read_scores
 from peftlab.data.packing import pack, packing_figures
 from peftlab.data.question_ledger import QuestionLedger
 from peftlab.data.questions import Question, Questions
 from peftlab.data.rows import Rows
-from peftlab.data.scores import read_scores
 from peftlab.data.sources import load_rows, split_per_class
 from peftlab.data.split import balanced_rows, rows_per_class, split_groups, split_rows
 from peftlab.data.tokens import Tokens, answered, pieces, tokenize
@@ -48,6 +48,7 @@ __all__ = [
     "pieces",
     "read_images",
     "read_labels",
+    "read_numbers",
     "read_scores",
     "read_objects",
     "require",

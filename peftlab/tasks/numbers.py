@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftlab.data import Ledger, Rows
-from peftlab.data.numbers import read_numbers
+from peftlab.data import Ledger, Rows, read_numbers
 from peftlab.errors import DataError, RecipeError
 from peftlab.tasks.base import Columns, TaskParts
 from peftlab.tasks.example import Example

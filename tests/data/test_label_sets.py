@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peftlab.data import Rows, rows_per_class, split_per_class
+from peftlab.data import Rows, read_numbers, rows_per_class, split_per_class
 from peftlab.data.label_sets import label_set_names, read_label_sets
-from peftlab.data.numbers import read_numbers
 from peftlab.errors import DataError
 
 

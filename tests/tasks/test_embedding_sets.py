@@ -135,8 +135,8 @@ PAIRS, SCORES = {"anchor": "a", "positive": "b"}, {"sentence1": "a", "sentence2"
         ),
         ({**PAIRS, "score": "s"}, [{"a": "x"}], {}, "has the columns sentence1, sentence2, score"),
         (SCORES, [{"a": "x", "b": "y", "s": 4}], {}, r"the score 4 is outside -1\.\.1.*data\.score_range"),
-        (SCORES, [{"a": "x", "b": "y", "s": "high"}], {}, "expected a number as score, found 'high'"),
-        (SCORES, [{"a": "x", "b": "y", "s": None}], {}, "there is no score"),
+        (SCORES, [{"a": "x", "b": "y", "s": "high"}], {}, "expected a finite number in the column 's', found 'high'"),
+        (SCORES, [{"a": "x", "b": "y", "s": None}], {}, "no number in the column"),
         (SCORES, [{"a": "x", "b": "y", "s": 1}], {"train": {"embedding_scale": 9}}, "train.objective: cosine"),
     ],
 )

@@ -201,10 +201,13 @@ def test_student_learns_from_a_trained_teacher_and_on_quantized_weights(here: Pa
     ("row", "message"),
     [
         ({"question": "a", "answer": "b", "right": 3}, r"the score 3 is outside 0\.\.1"),
-        ({"question": "a", "answer": "b", "right": "yes"}, "expected a number as score, found 'yes'"),
+        (
+            {"question": "a", "answer": "b", "right": "yes"},
+            "expected a finite number in the column 'right', found 'yes'",
+        ),
         ({"question": "a", "answer": " ", "right": 1}, "the document is empty"),
         ({"question": None, "answer": "b", "right": 1}, "the query is empty"),
-        ({"question": "a", "answer": "b"}, "there is no score"),
+        ({"question": "a", "answer": "b"}, "no number in the column"),
     ],
 )
 def test_bad_rows_name_their_place(here: Path, row: dict[str, Any], message: str) -> None:
