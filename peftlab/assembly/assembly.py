@@ -9,39 +9,32 @@ from typing import Any, TypeVar, cast
 
 from peftlab.assembly.adapter import adapter_fingerprints, adapter_options, adapter_places
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
-from peftlab.assembly.model_findings import check_family, reads_ids
+from peftlab.assembly.limits import input_limit, row_limit
+from peftlab.assembly.metrics import run_metrics
+from peftlab.assembly.model_findings import check_family
 from peftlab.assembly.process import pick_device
 from peftlab.assembly.reading import Reading, read_family, settings_of, task_parts
 from peftlab.assembly.stack import stacked
 from peftlab.assembly.start import Start
+from peftlab.assembly.weights import kept_as, load_backbone
 from peftlab.data import Rows, class_names, require
-from peftlab.errors import RecipeError, listed
-from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
-from peftlab.measuring.memory import share_one_heap
+from peftlab.errors import RecipeError
 from peftlab.models import (
-    UNLIMITED,
     Pretrained,
     add_tokens,
-    check_stored,
     find_pretrained,
     load_config,
     load_image_reader,
-    load_model,
     load_skeleton,
     load_tokenizer,
-    model_max_length,
-    reconcile,
     resolve_precision,
     sentence_files,
-    start_rows,
     stored_as,
     tokenizer_fingerprint,
 )
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
 from peftlab.specs.method_spec import MethodSpec
-from peftlab.specs.methods import METHODS
-from peftlab.specs.metrics import family_of, values_of
 from peftlab.specs.task_spec import TaskSpec
 from peftlab.tasks import Encoded, FindsClasses, FindsSettings, Task, TaskParts, task_class
 
@@ -189,19 +182,7 @@ class Assembly:
 
         Raises: RecipeError if the two contradict each other, or quantized weights would be trained.
         """
-        stored, wanted = self.stored, self.recipe.model.quantize
-        if stored == "none":
-            return wanted
-        check_stored(self.pretrained, stored, wanted)
-        methods = [self.method, *(METHODS[other.method] for other in self.recipe.adapter.beside)]
-        if (method := next((m for m in methods if not m.trains_on(stored)), None)) is not None:
-            what = f"{method.label} does not work on them" if method.adapts else "they cannot be trained"
-            raise RecipeError(
-                f"the weights of {self.recipe.model.name} are stored in {stored}, and {what}; use adapter.method=lora, or name "
-                "the model that it was made from",
-                key="adapter.method",
-            )
-        return stored
+        return kept_as(self)
 
     @property
     def reader(self) -> Any:
@@ -384,45 +365,12 @@ class Assembly:
     def limit(self) -> int:
         """Maximum row length in tokens: data.max_length. Raises: RecipeError if the model allows less, or packing has no
         limit."""
-        if self.spec.reader == "image processor":
-            return self.model_limit
-        allowed = self._max_length
-        wanted = self.recipe.data.max_length
-        if wanted is None and allowed == UNLIMITED and self.recipe.data.packing:
-            raise RecipeError(
-                f"{self.recipe.model.name} has no limit of its own, so packing needs data.max_length, such as 2048",
-                key="data.max_length",
-            )
-        if wanted is None:
-            return self.model_limit
-        if wanted > allowed:
-            prompts = f" beside the {self._virtual_tokens} of the adapter" if self._virtual_tokens else ""
-            raise RecipeError(
-                f"{self.recipe.model.name} reads at most {allowed:,} tokens{prompts}, found {wanted:,}",
-                key="data.max_length",
-            )
-        return wanted
-
-    @property
-    def _virtual_tokens(self) -> int:
-        """Number of positions that the adapter takes before each row."""
-        options = {**self.method.defaults, **self.recipe.adapter.options}
-        return int(options.get("num_virtual_tokens") or 0) if self.method.prompts else 0
-
-    @property
-    def _max_length(self) -> int:
-        """Maximum number of a row's own tokens that the model's files and the adapter allow."""
-        allowed = model_max_length(self.pretrained, self.reader)
-        return allowed if allowed == UNLIMITED else allowed - self._virtual_tokens
+        return row_limit(self)
 
     @property
     def model_limit(self) -> int:
-        """Maximum input length in tokens that the model's files allow: the limit of prompts and of inputs to predict.
-        data.max_length is that of training and held-out rows."""
-        if self.spec.reader == "image processor":
-            return int(self.reader.length)
-        allowed = self._max_length
-        return min(allowed, self.task.max_length or allowed)
+        """Maximum input length in tokens that the model's files allow: the limit of prompts and of inputs to predict."""
+        return input_limit(self)
 
     @property
     def train(self) -> Encoded:
@@ -449,36 +397,7 @@ class Assembly:
     @property
     def metrics(self) -> list[str]:
         """Names of the run's metrics. Raises: RecipeError for an unknown metric, or if eval.best is not among them."""
-        e, choices = self.recipe.eval, bool(self.recipe.eval.choices)
-        if e.metrics is not None:
-            check_metrics(e.metrics, self.spec, choices)
-        metrics = e.metrics or default_metrics(self.spec, choices)
-        names = flat_names(metrics, self.task.class_names)
-        if e.best is not None and e.best not in names:
-            raise RecipeError(f"{e.best!r} is not among this run's metrics: {listed(names, most=20)}", key="eval.best")
-        if e.best is not None and self._reads_data:
-            self.check_class_has_rows(e.best, key="eval.best")
-        return metrics
-
-    def check_class_has_rows(self, metric: str, *, key: str) -> None:
-        """Raises RecipeError at ``key`` if ``metric`` is of one class, and no held-out row has that class."""
-        classes, family = self.task.class_names, family_of(metric)
-        if classes is None or family is None:
-            return
-        name = values_of(family, classes).get(metric)
-        if name is not None and name not in self._held_out_classes():
-            raise RecipeError(
-                f"no held-out row has the class {name!r}, so {metric} cannot be measured; name another metric, or give "
-                "data.eval rows of it",
-                key=key,
-            )
-
-    def _held_out_classes(self) -> set[str]:
-        if self.spec.classifies:
-            return set(read_class_labels(self.recipe, self.data.eval, all_names_used=False))
-        too_long = self.recipe.data.too_long
-        encoded = self.task.encode(self.data.eval, max_length=self.limit, too_long=too_long, training=False, keep=False)
-        return {entry["label"] for entry in encoded.ledger.label_counts() or () if entry["rows"]}
+        return run_metrics(self, reads_rows=self._reads_data)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -501,30 +420,7 @@ class Assembly:
 
     def model(self, **changes: Any) -> Any:
         """Loads the frozen backbone, every time; ``changes`` override loading options, such as ``quantize="none"``."""
-        # Only after encoding: before, the tokenizer's threads would wait for each other (measured: twice the time).
-        share_one_heap()
-        model = self.recipe.model
-        options: dict[str, Any] = {
-            "quantize": self.storage,
-            "double_quant": model.double_quant,
-            "compute_dtype": model.compute_dtype,
-            # Trained weights need float32: a single update is often below the resolution of 16 bits.
-            "dtype": "float32" if not self.method.adapts and model.dtype == "auto" else model.dtype,
-            "attention": model.attention,
-            "resize_token_embeddings": model.resize_token_embeddings,
-        }
-        loaded = load_model(
-            self.pretrained,
-            auto_class=self.spec.auto_class,
-            device=self.device,
-            **(options | changes),
-            **self.task.model_kwargs(),
-        )
-        if self.recipe.adapter.tokens:
-            start_rows(loaded, self.reader, self.recipe.adapter.tokens)
-        if reads_ids(loaded.config, self.spec):
-            reconcile(loaded, self.reader)
-        return loaded
+        return load_backbone(self, changes)
 
     def skeleton(self, task: Task | None = None) -> Any:
         """Returns the model without weights, on the meta device. Args: task: determines the head; default the recipe's."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftlab.assembly import Assembly
+from peftlab.assembly.metrics import check_class_has_rows
 from peftlab.distillation.cache.manifest import CAPTURE, MANIFEST
 from peftlab.evaluation.card_metrics import check_headline
 from peftlab.experiments.student import student_cut
@@ -70,7 +71,7 @@ def check_models(assembly: Assembly) -> Skeletons:
     if distill.headline is not None:
         choices = bool(assembly.recipe.eval.choices)
         check_headline(distill.headline, assembly.spec, assembly.classes, has_choices=choices)
-        assembly.check_class_has_rows(distill.headline, key="distill.headline")
+        check_class_has_rows(assembly, distill.headline, key="distill.headline")
     student: dict[str, Any] = {"cut_from": None, "layers_before": None, "layers": None}
     skeleton, known = assembly.skeleton(), True
     if (init := distill.student_init) is not None:
