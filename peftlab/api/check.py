@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from peftlab.data import Ledger, packing_figures
 from peftlab.experiments.distill_checks import describe_distillation
 from peftlab.experiments.unlabelled import find_unlabelled
 from peftlab.runs import open_source
+from peftlab.tasks import Contrasts
 from peftlab.training.progress import Progress, make_progress
 
 
@@ -118,6 +119,7 @@ def _estimate(assembly: Assembly, skeleton: Any, train: Ledger) -> dict[str, Any
     seen = plan.times_seen()
     rows, tokens, trained = int(seen.sum()), int(seen @ lengths), int(seen @ train.trained)
     scored = rows if train.per_row else trained  # positions with computed logits
+    contrasts = assembly.spec.contrasts and recipe.distill is None and cast(Contrasts, assembly.task).whole_step
     return {
         "steps": plan.total_steps,
         "epochs": rows / len(lengths),
@@ -132,5 +134,6 @@ def _estimate(assembly: Assembly, skeleton: Any, train: Ledger) -> dict[str, Any
             tokens=tokens,
             squares=float(seen @ lengths.astype(np.float64) ** 2),
             scored=scored,
+            reads_twice=contrasts and len(plan.step(0).micro_batches) > 1,
         ),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from typing import Any
@@ -25,18 +26,24 @@ def estimate_seconds(
     tokens: int,
     squares: float,
     scored: int,
+    reads_twice: bool = False,
 ) -> dict[str, Any]:
     """Estimates ``seconds`` of the training steps, without loading and evaluation, and the ``flops_per_s`` behind it.
 
     Args:
         skeleton: the model on the meta device.
         tokens: total tokens of the run. squares: sum of the squared row lengths. scored: positions with logits.
+        reads_twice: whether a step reads its rows once more before, for a loss that compares all of them.
     """
     shape, recipe = _shape_of(skeleton), assembly.recipe
     # Forward and input gradient; plus the weight gradient if weights are trained, plus a forward pass to recompute.
-    passes = 2 + recipe.train.gradient_checkpointing + (not assembly.method.adapts)
-    flops = 2.0 * passes * (tokens * shape["body"] + 2 * squares * shape["attention_width"])
-    flops += 4.0 * scored * shape["head"]
+    passes = 2 + reads_twice + recipe.train.gradient_checkpointing + (not assembly.method.adapts)
+    if assembly.spec.reader == "image processor":
+        reader = assembly.reader
+        flops = float(passes * _flops_per_image(skeleton, reader.shape) * tokens // reader.length)
+    else:
+        flops = 2.0 * passes * (tokens * shape["body"] + 2 * squares * shape["attention_width"])
+        flops += 4.0 * scored * shape["head"]
     dtype = resolve_precision(recipe.train.precision, assembly.device)
     speed = _matmul_speed(shape["widest"], dtype, assembly.device)
     seconds = STORAGES[assembly.storage].overhead * flops / speed + steps * shape["linears"] * _LAUNCH_SECONDS
@@ -52,20 +59,43 @@ def forward_seconds(
     return STORAGES[storage].overhead * flops / _matmul_speed(shape["widest"], dtype, device)
 
 
+def _flops_per_image(model: Any, shape: tuple[int, ...]) -> int:
+    """FLOPs of the forward pass over one image of ``shape``, counted by PyTorch. Args: model: on the meta device."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(model: Any, device: str) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(pixel_values=torch.zeros(1, *shape, device=device))
+        return int(counter.get_total_flops())
+
+    model = model.eval()
+    try:
+        return count(model, "meta")
+    except RuntimeError:  # its forward pass reads values: DETR masks padding
+        model = copy.deepcopy(model).to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.zero_()
+        return count(model, "cpu")
+
+
 def _shape_of(model: Any) -> dict[str, Any]:
-    """Returns linear weights in the body and the head, summed width of the attention layers, largest weight."""
+    """Returns linear weights in the body and the head, summed width of the attention layers, largest weight; for a model of
+    images, convolutions count as layers too."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D | nn.Conv2d) and m is not head]
+    shapes = [tuple(m.weight.flatten(1).shape) for m in layers]
     config = model.config.get_text_config()
     return {
-        "linears": len(linears),
-        "body": sum(m.weight.numel() for m in linears),
+        "linears": len(layers),
+        "body": sum(m.weight.numel() for m in layers),
         "head": head.weight.numel() if head is not None else 0,
         "attention_width": getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0),
-        "widest": max((tuple(m.weight.shape) for m in linears), key=lambda s: s[0] * s[1], default=(64, 64)),
+        "widest": max(shapes, key=lambda s: s[0] * s[1], default=(64, 64)),
     }
 
 

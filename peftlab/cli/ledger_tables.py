@@ -79,8 +79,7 @@ def show_check(out: Output, report: Report) -> None:
     _show_rows(out, report)
     if report["estimate"] is not None:
         out.line()
-        unit = "image patches" if train["tokens"] is None else "tokens"
-        for line in _estimate_lines(report["estimate"], out.console.width, unit=unit):
+        for line in _estimate_lines(report["estimate"], out.console.width, images=train["tokens"] is None):
             out.line(line)
     for preview in report["preview"]:
         out.line()
@@ -254,11 +253,11 @@ def _show_rows(out: Output, report: Report) -> None:
         out.show(*(Text(line, style="yellow") for line in lines))
 
 
-def _estimate_lines(estimate: Report, width: int, *, unit: str) -> Sequence[str]:
+def _estimate_lines(estimate: Report, width: int, *, images: bool) -> Sequence[str]:
     parts = [
         f"{estimate['steps']:,} step{'' if estimate['steps'] == 1 else 's'}",
         f"{estimate['epochs']:.3g} epoch{'' if estimate['epochs'] == 1 else 's'}",
-        f"{estimate['tokens']:,} {unit}",
+        f"{estimate['rows']:,} images" if images else f"{estimate['tokens']:,} tokens",
     ]
     if estimate["trained_tokens"] is not None:
         parts.append(f"{estimate['trained_tokens']:,} trained")

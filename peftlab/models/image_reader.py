@@ -22,7 +22,8 @@ class ImageReader:
     """Pixel values [B, C, H, W] float32 of PIL images, as from the model's ``AutoImageProcessor``.
 
     Attributes:
-        mode: PIL's name for the colours the model sees, RGB or L. length: positions of an image in the model.
+        mode: PIL's name for the colours the model sees, RGB or L. shape: [C, H, W] that an image of 64 x 48 pixels becomes.
+        length: its positions in the model.
     """
 
     def __init__(self, processor: Any, *, channels: int, patch: int) -> None:
@@ -30,7 +31,8 @@ class ImageReader:
 
         self._processor = processor
         self.mode = "L" if channels == 1 else "RGB"
-        *_, height, width = self([PIL.Image.new(self.mode, (64, 48))]).shape
+        self.shape = tuple(self([PIL.Image.new(self.mode, (64, 48))]).shape[1:])
+        *_, height, width = self.shape
         self.length = math.ceil(height / patch) * math.ceil(width / patch) + 1
 
     def __call__(self, images: Sequence[Any]) -> Any:
