@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from typing import Any
 
 from peftlab.assembly.assembly import Assembly
-from peftlab.models import resolve_precision
+from peftlab.models import resolve_precision, runs_on_zeros
 from peftlab.specs.storages import STORAGES
 
 # Fixed cost per adapted linear and step: Python and launches, forward and backward.
@@ -61,23 +60,12 @@ def forward_seconds(
 
 def _flops_per_image(model: Any, shape: tuple[int, ...]) -> int:
     """FLOPs of the forward pass over one image of ``shape``, counted by PyTorch. Args: model: on the meta device."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    def count(model: Any, device: str) -> int:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(pixel_values=torch.zeros(1, *shape, device=device))
-        return int(counter.get_total_flops())
-
-    model = model.eval()
-    try:
-        return count(model, "meta")
-    except RuntimeError:  # its forward pass reads values: DETR masks padding
-        model = copy.deepcopy(model).to_empty(device="cpu")
-        with torch.no_grad():
-            for tensor in (*model.parameters(), *model.buffers()):
-                tensor.zero_()
-        return count(model, "cpu")
+    run = runs_on_zeros(model, shape)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 def _shape_of(model: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from peftlab.models import (
     linear_widths,
     load_config,
     misreads_nf4,
+    reads_grids,
     reads_later_tokens,
     reconciled_ids,
     starts_with_last,
@@ -145,7 +146,7 @@ def model_findings(assembly: Assembly) -> list[Finding]:
 
 
 # Families that compute with the weights of their layers directly.
-_READS_WEIGHTS = ("mamba", "falcon_mamba")
+_READS_WEIGHTS = ("mamba", "falcon_mamba", "rwkv")
 
 
 def _check_quantized(assembly: Assembly) -> None:
@@ -162,6 +163,15 @@ def _check_quantized(assembly: Assembly) -> None:
         raise RecipeError(
             f"{kind} computes with the weights of its layers as they are stored, so they cannot be quantized; set "
             "model.quantize=none",
+            key="model.quantize",
+        )
+    if (
+        assembly.storage == "int8"
+        and assembly.spec.reader == "image processor"
+        and reads_grids(assembly.skeleton(), assembly.reader.shape)
+    ):
+        raise RecipeError(
+            f"{kind} keeps images as grids of positions, which bitsandbytes' int8 layers do not read; use model.quantize=nf4",
             key="model.quantize",
         )
     if assembly.storage != "nf4" or assembly.device != "cpu":

@@ -17,7 +17,7 @@ from peftlab.models.config import (
     token_types,
 )
 from peftlab.models.dtypes import resolve_dtype, resolve_precision
-from peftlab.models.image_reader import ImageReader, load_image_reader
+from peftlab.models.image_reader import ImageReader, load_image_reader, reads_grids, runs_on_zeros
 from peftlab.models.load import base_model, load_model, new_weights, num_parameters
 from peftlab.models.load_errors import quiet
 from peftlab.models.new_tokens import add_tokens, start_rows, token_rows
@@ -63,6 +63,7 @@ __all__ = [
     "quiet",
     "has_class",
     "is_causal",
+    "reads_grids",
     "reads_later_tokens",
     "reconcile",
     "reconciled_ids",
@@ -78,5 +79,6 @@ __all__ = [
     "target_limit",
     "token_types",
     "tokenizer_fingerprint",
+    "runs_on_zeros",
     "vocabulary_rows",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,34 @@ def tiny_image_processor(side: int = 8, channels: int = 1) -> Any:
 
         half = [0.5] * channels
         return ViTImageProcessor(size={"height": side, "width": side}, image_mean=half, image_std=half)
+
+
+def runs_on_zeros(model: Any, shape: Sequence[int]) -> Callable[[], None]:
+    """A forward pass of a model on the meta device over one image [C, H, W], for counters and hooks of the caller."""
+    import torch
+
+    def run(model: Any, device: str) -> None:
+        with torch.no_grad():
+            model(pixel_values=torch.zeros(1, *shape, device=device))
+
+    model = model.eval()
+    try:
+        run(model, "meta")
+        return functools.partial(run, model, "meta")
+    except RuntimeError:  # its forward pass reads values: DETR looks for padding
+        model = copy.deepcopy(model).to_empty(device="cpu")
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.detach().zero_()
+        return functools.partial(run, model, "cpu")
+
+
+def reads_grids(model: Any, shape: Sequence[int]) -> bool:
+    """Whether a linear layer of a model on the meta device reads more than [B, T, features], as in Swin v2 and ConvNeXt."""
+    from torch import nn
+
+    found: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, args: found.add(args[0].dim()))
+    runs_on_zeros(model, shape)()
+    return max(found, default=0) > 3

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import peftlab
+from peftlab.errors import RecipeError
 from peftlab.training.progress import SilentProgress
 from tests import adapter_table
 from tests.family_examples import wide_values, write_family
@@ -58,6 +59,25 @@ def test_no_cell_of_the_page_is_no() -> None:
     for (family, task), (cells, notes) in rows.items():
         works = len(cells) == len(COLUMNS) and set(cells[:-2]) == {"yes"} and set(cells[-2:]) <= {"yes", "-", "refused"}
         assert works or (cells == ["refused"] * len(COLUMNS) and notes), (family, task)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "storage", "why"),
+    [
+        ("ConvNextConfig", "image_cls", "int8", "keeps images as grids"),
+        ("BigBirdConfig", "seq_cls", "int8", "from sparse to full attention"),
+        ("RwkvConfig", "causal_lm", "nf4", "computes with the weights"),
+    ],
+)
+def test_weights_that_cannot_be_quantized_are_refused(
+    name: str, task: str, storage: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path)
+    write_family(Path("model"), name, task, **wide_values(name, task))
+    with pytest.raises(RecipeError, match=why) as refused:
+        peftlab.check(family_recipe(task, model={"quantize": storage}), progress=SilentProgress())
+    assert refused.value.key == "model.quantize"
 
 
 def test_experts_that_a_recipe_names_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

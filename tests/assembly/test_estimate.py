@@ -18,17 +18,17 @@ from tests.family_table import make_skeleton
 def test_flops_of_an_image_count_convolutions() -> None:
     config = make_config("ResNetConfig", FAMILIES["image_cls"])
     model = make_skeleton("ResNetConfig", "image_cls")
-    by_layer = []
+    by_layer = {}
 
     def count(layer: Any, _: Any, output: torch.Tensor) -> None:
         size = output.shape[-2:].numel() if isinstance(layer, torch.nn.Conv2d) else 1
-        by_layer.append(2 * layer.weight.numel() * size)
+        by_layer[layer] = 2 * layer.weight.numel() * size
 
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(count)
     shape = (config.num_channels, 32, 32)
-    assert _flops_per_image(model, shape) == sum(by_layer) > 0
+    assert _flops_per_image(model, shape) == sum(by_layer.values()) > 0
     assert _flops_per_image(model, (config.num_channels, 64, 64)) > 3 * _flops_per_image(model, shape)
 
 
