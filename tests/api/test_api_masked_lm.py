@@ -11,6 +11,7 @@ import torch
 
 import peftlab
 from peftlab.errors import Interrupted, PeftlabError, RecipeError
+from peftlab.models.tiny import tiny_tokenizer
 from peftlab.training.progress import SilentProgress
 from tests.masked_examples import make_bert, masked_recipe, masked_tokenizer, write_bert, write_texts
 from tests.run_examples import Stopper
@@ -146,13 +147,18 @@ def test_recipe_that_cannot_work_is_refused(sections: dict[str, Any], key: str, 
     assert key in str(error.value) and message in str(error.value)
 
 
+def test_model_that_fills_no_masks_is_one_line_in_check(here: Path) -> None:
+    write_bert(here / "maskless")
+    tiny_tokenizer().save_pretrained(here / "maskless")
+    for model, message in (("tiny:llama", "has no llama model for task: masked_lm"), ("maskless", "has no mask token")):
+        with pytest.raises(PeftlabError, match=message):
+            peftlab.check(masked_recipe(model={"name": model}), progress=SilentProgress())
+
+
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize(
-    ("model", "message"), [("tiny:llama", "has no llama model for task: masked_lm"), ("tiny:bert", "has no mask token")]
-)
-def test_model_that_fills_no_masks_is_one_line_in_check(model: str, message: str) -> None:
-    with pytest.raises(PeftlabError, match=message):
-        peftlab.check(masked_recipe(model={"name": model}), progress=SilentProgress())
+def test_tiny_bert_fills_masks() -> None:
+    run = train(masked_recipe(model={"name": "tiny:bert"}, train={"max_steps": 2}))
+    assert run.summary["after"]["perplexity"] > 1
 
 
 @pytest.mark.usefixtures("here")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from peftlab.api.distill import distill
 from peftlab.api.teach import teach
 from peftlab.assembly import Assembly
-from peftlab.assembly import assembly as assembly_module
+from peftlab.assembly import weights as weights_module
 from peftlab.data import BatchPlan
 from peftlab.errors import ArtifactError, DataError, PeftlabError, RecipeError
 from peftlab.experiments import arms as distilling_module
@@ -359,7 +359,7 @@ def test_on_policy_never_holds_teacher_and_student_together(here: Path, monkeypa
     alive: list[weakref.ref[Any]] = []
     kept: list[Any] = []
     loaded: list[str] = []
-    right = assembly_module.load_model
+    right = weights_module.load_model
 
     def watched(pretrained: Any, **options: Any) -> Any:
         gc.collect()
@@ -372,7 +372,7 @@ def test_on_policy_never_holds_teacher_and_student_together(here: Path, monkeypa
         return model
 
     keep = False
-    monkeypatch.setattr(assembly_module, "load_model", watched)
+    monkeypatch.setattr(weights_module, "load_model", watched)
     monkeypatch.setattr(
         distilling_module, "merge_run", lambda *args, **options: (here / "run/seed-0/student/merged").mkdir()
     )
