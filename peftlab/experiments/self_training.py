@@ -31,7 +31,7 @@ from peftlab.experiments.linking import link_tree
 from peftlab.experiments.unlabelled import Unlabelled, find_unlabelled, joined_rows
 from peftlab.measuring.memory import release_memory
 from peftlab.recipe import check_lock, write_lock
-from peftlab.recipe.schema import SelfTrainingSection
+from peftlab.recipe.data import SelfTrainingSection
 from peftlab.runs import LOCK_NAME, RUN_NAME, Run, open_run, write_json
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.progress import Progress
