@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _NO_SUCH_HEAD = re.compile(
     r"Unrecognized configuration class <class '.*\.(\w+)Config'> for this kind of AutoModel: (\w+)"
 )
+# transformers passes the model_args of a config of timm on beside its own.
+_TWICE = re.compile(r"timm_model\w* got multiple values for keyword argument ('\w+')")
 
 
 @contextlib.contextmanager
@@ -64,6 +66,13 @@ def load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
             raise
         raise ArtifactError(
             f"the weights of {name!r} do not fit its config.json: {str(error).strip().splitlines()[-1].strip()}",
+            key="model.name",
+        ) from error
+    except TypeError as error:
+        if (twice := _TWICE.search(str(error))) is None:
+            raise
+        raise RecipeError(
+            f"transformers cannot open {name!r}: model_args in its config.json repeats {twice[1]}; remove it there",
             key="model.name",
         ) from error
     except (OSError, ValueError, ImportError) as error:
