@@ -40,7 +40,8 @@ DELIMITER_NAMES = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "sp
 class ModelSection(Section):
     name: str = Field(
         description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:t5 | tiny:vit | "
-        "tiny:yolos | tiny:detr, or shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
+        "tiny:yolos | tiny:detr | tiny:segformer, or shape:NAME (random weights of a known size, such as shape:llama-3-8b, for "
+        "benchmarks)"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
     adapter: str | None = Field(
@@ -182,7 +183,7 @@ class DataSection(Section):
     template: TemplateSection | None = Field(None, description="builds the texts from the columns (causal_lm)")
     label_names: dict[str, str] = Field(
         default_factory=dict,
-        description="class name for each value in the label column, or for each tag or entity label",
+        description="class name for each value in the label column or in the masks, or for each tag or entity label",
     )
     bins: BinsSection | None = Field(None, description="cut a numeric label column into classes")
     score_range: tuple[float, float] | None = Field(
