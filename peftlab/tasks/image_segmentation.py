@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -257,6 +258,11 @@ class ImageSegmentation:
         size = len(self.class_names)
         return torch.stack([torch.bincount(x, minlength=size) for x in (true[found == true], found, true)])
 
+    def file_of(self, rows: Rows, index: int) -> Path | None:
+        """The file of a row's image; None if the row holds it."""
+        ((image, _),) = read_images(rows.select([index]), self._image_column, length=self.tokenizer.length)
+        return image.source if isinstance(image.source, Path) else None
+
     def row_from_text(self, text: str) -> dict[str, Any]:
         """The row for a path."""
         return {self._image_column: text}
@@ -266,7 +272,7 @@ class ImageSegmentation:
         return unusable_rows(rows, lambda part: list(read_images(part, self._image_column, length=length)), column=None)
 
     def no_result(self) -> dict[str, Any]:
-        return {"shares": None}
+        return {"shares": None, "mask": None}
 
     @torch.no_grad()
     def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, **_: Any) -> Iterator[dict[str, Any]]:
