@@ -272,7 +272,12 @@ SEGMENTERS: dict[str, dict[str, Any]] = {
         "aspp_out_channels": 16,
         "atrous_rates": [1, 2, 3],
     },
-    "MobileViTV2Config": {"image_size": 64, "width_multiplier": 0.25, "aspp_out_channels": 16, "atrous_rates": [1, 2, 3]},
+    "MobileViTV2Config": {
+        "image_size": 64,
+        "width_multiplier": 0.25,
+        "aspp_out_channels": 16,
+        "atrous_rates": [1, 2, 3],
+    },
     "MobileNetV2Config": {"image_size": 64, "depth_multiplier": 0.25, "min_depth": 8},
 }
 _NO_START = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

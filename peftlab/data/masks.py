@@ -14,7 +14,7 @@ import numpy.typing as npt
 from peftlab.data.augment import Change
 from peftlab.data.images import Source, bytes_of, content_of, damaged, read_sources
 from peftlab.data.rows import Rows
-from peftlab.errors import DataError, listed
+from peftlab.errors import DataError
 
 # The value of a pixel without a label, as in the masks of PASCAL VOC, ADE20K and Cityscapes.
 NOT_LABELLED = 255
@@ -108,7 +108,7 @@ class PixelClasses:
         if unknown:
             known = ", ".join(map(str, np.flatnonzero(self.table >= 0)[:20].tolist()))
             raise DataError(
-                f"{mask.name}: the mask has the value {listed([str(v) for v in unknown])}, which is no class of the training data; "
+                f"{mask.name}: the mask has the value {unknown[0]}, which is no class of the training data; "
                 f"the classes are {known}, and {NOT_LABELLED} means not labelled",
                 key=_KEY,
             )
@@ -125,7 +125,7 @@ def find_pixel_classes(rows: Rows, column: str, value_names: Mapping[str, str]) 
         if other:
             raise DataError(
                 f"{mask.name}: the mask has the value {other[0]}, which is not among data.label_names: "
-                f"{listed([str(v) for v in named])}",
+                f"{', '.join(map(str, named))}",
                 key=_NAMES_KEY,
             )
         seen += here

@@ -129,7 +129,7 @@ def is_stored(assembly: Assembly) -> bool:
 def planned_fill(assembly: Assembly, skeleton: Any) -> Fill:
     """How the recipe will store the teacher ``skeleton``, from its configuration alone. Raises: RecipeError."""
     task = assembly.task
-    num_classes, width = None, skeleton.config.get_text_config().hidden_size
+    num_classes, width = None, getattr(skeleton.config.get_text_config(), "hidden_size", None)
     if assembly.spec.predicts == "tokens":
         num_classes = len(task.tokenizer)
     elif assembly.spec.predicts == "spans":  # the positions of a window
