@@ -230,6 +230,56 @@ READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
         "decoder_hidden_size": 16,
     },
 }
+_OF_64 = {"image_size": 64, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+_BEIT = {
+    **_OF_64,
+    "patch_size": 16,
+    "num_hidden_layers": 4,
+    "out_indices": [1, 2, 3, 4],
+    "pool_scales": [1, 2],
+    "use_auxiliary_head": False,
+}
+SEGMENTERS: dict[str, dict[str, Any]] = {
+    "SegformerConfig": {
+        "image_size": 64,
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "num_encoder_blocks": 2,
+        "num_attention_heads": [2, 2],
+        "sr_ratios": [2, 1],
+        "patch_sizes": [3, 3],
+        "strides": [2, 2],
+        "mlp_ratios": [2, 2],
+        "decoder_hidden_size": 16,
+        "classifier_dropout_prob": 0.0,
+    },
+    "BeitConfig": _BEIT,
+    "Data2VecVisionConfig": _BEIT,
+    "DPTConfig": {
+        **_OF_64,
+        "patch_size": 16,
+        "num_hidden_layers": 4,
+        "backbone_out_indices": [0, 1, 2, 3],
+        "neck_hidden_sizes": [16, 16, 32, 32],
+        "fusion_hidden_size": 16,
+        "use_auxiliary_head": False,
+    },
+    "UperNetConfig": {"hidden_size": 16, "pool_scales": [1, 2], "use_auxiliary_head": False},
+    "MobileViTConfig": {
+        "image_size": 64,
+        "hidden_sizes": [16, 24, 32],
+        "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32],
+        "aspp_out_channels": 16,
+        "atrous_rates": [1, 2, 3],
+    },
+    "MobileViTV2Config": {
+        "image_size": 64,
+        "width_multiplier": 0.25,
+        "aspp_out_channels": 16,
+        "atrous_rates": [1, 2, 3],
+    },
+    "MobileNetV2Config": {"image_size": 64, "depth_multiplier": 0.25, "min_depth": 8},
+}
 _NO_START = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TRANSLATORS: dict[str, dict[str, Any]] = {
     "T5Config": {**_T5, "decoder_start_token_id": 0},
@@ -340,6 +390,7 @@ AUTO_CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "extractive_qa": "AutoModelForQuestionAnswering",
     "object_detection": "AutoModelForObjectDetection",
+    "image_segmentation": "AutoModelForSemanticSegmentation",
 }
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "causal_lm": WRITERS,
@@ -348,12 +399,15 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "token_cls": TAGGERS,
     "extractive_qa": READERS_OF_QUESTIONS,
     "object_detection": FINDERS_OF_OBJECTS,
+    "image_segmentation": SEGMENTERS,
     "image_cls": READERS_OF_IMAGES,
     "seq2seq": TRANSLATORS,
     "reranking": CLASSIFIERS,
     "embedding": CLASSIFIERS,
 }
-WITH_HEAD = ("causal_lm", "masked_lm", "seq2seq", "object_detection")
+WITH_HEAD = ("causal_lm", "masked_lm", "seq2seq", "object_detection", "image_segmentation")
+# Tasks of images whose published models have a head for other classes.
+OTHER_CLASSES = ("object_detection", "image_segmentation")
 # Sizes that are, or lead to, the input features of linear layers.
 _WIDTHS = {
     "hidden_size", "n_embd", "d_model", "dim", "emb_dim", "word_embed_proj_dim", "embedding_size", "intra_bottleneck_size",
@@ -387,7 +441,7 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
         if buffer_name.endswith("running_mean"):  # as of a trained model
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder)
-    if task == "object_detection":
+    if task in OTHER_CLASSES:
         tiny_image_processor(64, 3).save_pretrained(folder)
         return
     if task == "image_cls":
@@ -420,6 +474,10 @@ def make_config(name: str, families: dict[str, dict[str, Any]] = CLASSIFIERS, **
     values = families[name] | values
     if families is FINDERS_OF_OBJECTS and name != "YolosConfig":
         values = {"backbone_config": _backbone(name), **values}
+    if name == "UperNetConfig":
+        stages = {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+        backbone = transformers.ResNetConfig(**stages, out_features=["stage1", "stage2", "stage3", "stage4"])
+        values = {"backbone_config": backbone, **values}
     config = getattr(transformers, name)(**values)
     config.architectures = config.architectures or []  # transformers (5.23) reads it for Funnel
     return config

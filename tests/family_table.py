@@ -33,8 +33,10 @@ from tests.family_examples import (
     FAMILIES,
     FILLERS,
     FINDERS_OF_OBJECTS,
+    OTHER_CLASSES,
     READERS_OF_IMAGES,
     READERS_OF_QUESTIONS,
+    SEGMENTERS,
     TAGGERS,
     TRANSLATORS,
     WITH_HEAD,
@@ -97,6 +99,7 @@ def families() -> Iterator[tuple[str, str]]:
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
     yield from ((name, "seq2seq") for name in TRANSLATORS)
     yield from ((name, "object_detection") for name in FINDERS_OF_OBJECTS)
+    yield from ((name, "image_segmentation") for name in SEGMENTERS)
     yield from ((name, "embedding") for name in CLASSIFIERS if name not in WRITERS or name in _EMBEDDING_DECODERS)
     yield from ((name, "reranking") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
 
@@ -211,7 +214,7 @@ def title(name: str, task: str) -> str:
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
     sources = {"image_cls": "sklearn:digits", "token_cls": "entities.jsonl", "extractive_qa": "questions.jsonl"}
-    sources["object_detection"] = "shapes:60"
+    sources |= dict.fromkeys(OTHER_CLASSES, "shapes:60")
     data: dict[str, Any] = {"train": sources.get(task, "rows.jsonl"), "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
@@ -267,12 +270,12 @@ def _plain_peft(task: str) -> Any:
     from peft import PeftModel
 
     classes = task not in ("extractive_qa", "embedding", "reranking") and (
-        task not in WITH_HEAD or task == "object_detection"
+        task not in WITH_HEAD or task in OTHER_CLASSES
     )
     options: dict[str, Any] = {"num_labels": len(_classes())} if classes else {}
     if task == "reranking":
         options["num_labels"] = 1
-    if task == "object_detection":
+    if task in OTHER_CLASSES:
         options["ignore_mismatched_sizes"] = True  # its head is for other categories
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
     if task in ("seq_cls", "token_cls", "extractive_qa", "masked_lm", "seq2seq", "reranking"):

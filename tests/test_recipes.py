@@ -30,6 +30,7 @@ TINY = {
     "reranking": "tiny:bert",
     "masked_lm": "bert",  # a folder that the test writes: the tiny tokenizer has no mask token
     "object_detection": "tiny:detr",
+    "image_segmentation": "tiny:segformer",
 }
 # What a newcomer types first. None of them is in the data.
 SPAM = [

@@ -34,6 +34,7 @@ RECIPES: dict[str, tuple[str, Any, dict[str, str]]] = {
     "token_cls": ("tiny:bert", _ENTITIES, {}),
     "image_cls": ("tiny:vit", "sklearn:digits", {}),
     "object_detection": ("tiny:yolos", "shapes:40", {}),
+    "image_segmentation": ("tiny:segformer", "shapes:40", {}),
     "reranking": ("tiny:bert", _FILMS, {"query": "text", "document": "other", "score": "right"}),
     "embedding": ("tiny:bert", _FILMS, {"anchor": "text", "positive": "other"}),
 }

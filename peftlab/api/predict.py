@@ -16,11 +16,12 @@ from peftlab.assembly.target import Opened, RecipeSource, find_target, open_targ
 from peftlab.data import Rows, load_rows
 from peftlab.data.ledger_text import places
 from peftlab.errors import DataError, RecipeError
+from peftlab.evaluation.mask_files import MaskFiles
 from peftlab.evaluation.picture import draw_objects
 from peftlab.measuring.drawing import check_picture
 from peftlab.recipe import Recipe
 from peftlab.runs import finite
-from peftlab.tasks import FindsObjects, Task
+from peftlab.tasks import FindsObjects, Segments, Task
 from peftlab.tasks.inputs import EMPTY_TEXT
 from peftlab.training.progress import Progress, make_progress
 
@@ -40,6 +41,7 @@ def predict(
     beams: int | None = None,
     columns: bool = False,
     picture: str | os.PathLike[str] | None = None,
+    masks: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields one result per input, in order: a label with probabilities, generated text, or a vector.
@@ -53,6 +55,8 @@ def predict(
             encoder-decoder, instead of eval.beams.
         columns: put the columns of the input before each result; a column named as one of the result is ``input_NAME``.
         picture: a .png or .svg file to write: the first input, an image, with the objects found in it.
+        masks: a folder to write the masks of images into, one PNG per image with a class index per pixel; a result then has the
+            ``mask``'s path, and without it none.
     Raises: as ``evaluate``; DataError if the inputs lack a column, or none of the first 256 can be read.
     """
     prepare_libraries()
@@ -68,6 +72,8 @@ def predict(
             check_picture(Path(picture))
             if settings.spec.predicts != "boxes":
                 raise RecipeError(f"task: {settings.task} finds no objects in an image, so there is no picture of them")
+        if masks is not None and settings.spec.predicts != "pixels":
+            raise RecipeError(f"task: {settings.task} gives the pixels of an image no classes, so there are no masks")
         rows = _rows_of_file(inputs, settings, overrides) if isinstance(inputs, Path) else None
         opened = open_target(resolved, progress)
         new_tokens = max_new_tokens or settings.eval.max_new_tokens
@@ -77,12 +83,15 @@ def predict(
         notes = _Notes(rows)
         options = {"max_new_tokens": new_tokens, "temperature": temperature, "top_p": top_p}
         names = _input_names(rows, opened.task) if columns else {}
+        files = None if masks is None else MaskFiles(Path(masks))
         for start, end in _windows(rows, opened):
             window = rows.select(range(start, end))
             for i, result in enumerate(_results(opened, window, notes, start, options)):
                 if picture is not None and start + i == 0 and result["objects"] is not None:
                     image = cast(FindsObjects, opened.task).image_of(window.select([0]))
                     draw_objects(image, result["objects"], Path(picture))
+                if (mask := result.pop("mask", None)) is not None and files is not None:
+                    result["mask"] = str(files.add(mask, start + i, cast(Segments, opened.task).file_of(window, i)))
                 yield {new: _plain(window.columns[old][i]) for old, new in names.items()} | result
         for line in notes.lines():
             progress.note(line)

@@ -29,6 +29,8 @@ from peftlab.training.progress import Progress
 WITNESS_NAME = "witness.safetensors"
 # Positions, tokens and bytes of input that are enough to compare two models, and that take seconds.
 _POSITIONS, _TOKENS, _INPUT_BYTES = 512, 4096, 8 * 2**20
+# Pixels of an image with a mask.
+_PIXELS = 128
 # The same weights again: only the order of sums may differ.
 _SAME = {"kl_mean": 1e-4, "top1": 0.99}
 # The same weights in another dtype or on another device.
@@ -153,12 +155,13 @@ def _few(examples: Sequence[Example], spec: TaskSpec) -> list[Example]:
             trained = np.ones(len(example), dtype=bool)
             trained[0] = False  # no token comes before the first
             example = replace(example, trained=trained, weight=float(trained.sum()))
+        example = example.unlabelled(most_pixels=_PIXELS)
         positions += example.num_scored
         tokens += len(example)
         size += 0 if example.image is None else len(_image_bytes(example.image))
         if chosen and (positions > _POSITIONS or tokens > _TOKENS or size > _INPUT_BYTES):
             break
-        chosen.append(replace(example, row=index, label=None, reference=None))
+        chosen.append(replace(example, row=index))
     return chosen
 
 

@@ -38,6 +38,8 @@ def whole_answer(record: Record, *, styled: bool) -> str:
         return _span(record, styled=styled)
     if styled and "objects" in record:
         return "\n".join(map(_object_line, record["objects"])) or "nothing found"
+    if styled and "shares" in record:
+        return "\n".join(_shares(record))
     if "rank" in record:
         return f"{record['rank']}\t{record['score']:.6f}"
     if not _has_label(record):
@@ -60,6 +62,9 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
         about = record.get("input") or f"row {record['row']:,}"
         found = "; ".join(map(_object_line, record["objects"])) or "nothing found"
         return f"{formatting.one_line(about, width // 2)}: {formatting.one_line(found, width)}"
+    if styled and "shares" in record:
+        about = record.get("input") or f"row {record['row']:,}"
+        return f"{formatting.one_line(about, width // 2)}: {formatting.one_line(', '.join(_shares(record)), width)}"
     if styled and "cosine" in record:
         head = f"cosine {record['cosine']:7.4f}  "
         return head + formatting.one_line(_about(record), width - len(head) - 1)
@@ -128,6 +133,13 @@ def _object_line(found: Mapping[str, Any]) -> str:
     """``circle  98.2 %  at 12, 20 to 40, 55``: left and top, right and bottom in pixels."""
     left, top, right, bottom = found["box"]
     return f"{found['label']}  {100 * found['score']:.1f} %  at {left:g}, {top:g} to {right:g}, {bottom:g}"
+
+
+def _shares(record: Record) -> list[str]:
+    """``circle  12.3 %``: the share of the image's pixels of each class that is found, largest first; then the file of the
+    mask."""
+    shares = [f"{formatting.printable(one['label'])}  {100 * one['share']:.1f} %" for one in record["shares"]]
+    return [*shares, *([f"in {record['mask']}"] if "mask" in record else [])]
 
 
 def _has_label(record: Record) -> bool:

@@ -51,7 +51,8 @@ def show_check(out: Output, report: Report) -> None:
     out.show(_data_table(report))
     if train["labels"] is not None:
         out.line()
-        out.show(_label_table(train["labels"], held_out["labels"]))
+        title = "pixels of" if report["style"] == "masks" else "label"
+        out.show(_label_table(title, train["labels"], held_out["labels"]))
     if line := questions_line(train):
         out.line()
         out.line(f"train: {line}")
@@ -164,10 +165,10 @@ def _count_table(title: str, key: str, train: Sequence[Report], held_out: Sequen
     return table
 
 
-def _label_table(train: Sequence[Report], held_out: Sequence[Report]) -> Table:
+def _label_table(title: str, train: Sequence[Report], held_out: Sequence[Report]) -> Table:
     """Rows of each label, or spans where a row has several."""
     table = new_table()
-    table.add_column("label", overflow="fold", min_width=_NAME)
+    table.add_column(title, overflow="fold", min_width=_NAME)
     for title in ("train", "share", "held out", "share"):
         table.add_column(title, justify="right", no_wrap=True)
     counted = [[entry.get("spans", entry["rows"]) for entry in entries] for entries in (train, held_out)]

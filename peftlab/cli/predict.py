@@ -14,7 +14,7 @@ from peftlab.cli.answers import answer_line, has_no_result, whole_answer
 from peftlab.cli.failures import usage_error
 from peftlab.cli.options import Debug, Json, RecipeOption, Replace, Target, Temperature, TopP, split_overrides
 from peftlab.cli.output import Output, output_of
-from peftlab.cli.prediction_files import PredictionFile, check_destination
+from peftlab.cli.prediction_files import PredictionFile, check_destination, check_folder
 from peftlab.errors import DataError
 
 
@@ -36,6 +36,10 @@ def predict(
         str | None,
         typer.Option("--picture", metavar="FILE", help="Draw the objects found in the (first) image: .png or .svg."),
     ] = None,
+    masks: Annotated[
+        str | None,
+        typer.Option("--masks", metavar="FOLDER", help="Write the class of each pixel of the images as PNG files."),
+    ] = None,
     recipe: RecipeOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum answer length in tokens.")
@@ -53,6 +57,8 @@ def predict(
     overrides, given = split_overrides(texts)
     inputs = _inputs(given, file, context)
     destination = check_destination(output, replace=replace) if output else None
+    if masks is not None:
+        check_folder(masks, replace=replace)
     with out.working():
         import peftlab
 
@@ -66,6 +72,7 @@ def predict(
             top_p=top_p,
             beams=beams,
             picture=picture,
+            masks=masks,
             columns=file is not None and (destination is not None or out.json),
         )
     records = _records(results, inputs, out)

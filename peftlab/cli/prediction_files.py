@@ -30,6 +30,17 @@ def check_destination(output: str, *, replace: bool) -> Path:
     return path
 
 
+def check_folder(masks: str, *, replace: bool) -> None:
+    """Checks the folder of --masks before any work. Raises: RecipeError."""
+    path = Path(masks)
+    if path.exists() and not path.is_dir():
+        raise RecipeError(f"--masks {masks}: expected a folder, found a file")
+    if path.is_dir() and any(path.iterdir()) and not replace:
+        raise RecipeError(
+            f"--masks {masks}: the folder has files; overwrite those of the same name with --replace or choose another folder"
+        )
+
+
 class PredictionFile:
     """Writes records to a temporary file and renames it at the end; removes it after an error.
 

@@ -8,6 +8,8 @@ from peftlab.data.findings import Finding, check_ids, find, require
 from peftlab.data.images import Image, read_images, size_text
 from peftlab.data.labels import class_names, label_text, nearest_label, read_labels
 from peftlab.data.ledger import Ledger
+from peftlab.data.mask_ledger import MaskLedger
+from peftlab.data.masks import Mask, PixelClasses, find_pixel_classes, read_masks
 from peftlab.data.numbers import read_numbers, read_scores
 from peftlab.data.packing import pack, packing_figures
 from peftlab.data.question_ledger import QuestionLedger
@@ -26,10 +28,13 @@ __all__ = [
     "Finding",
     "Image",
     "Ledger",
+    "Mask",
+    "MaskLedger",
     "Question",
     "QuestionLedger",
     "Questions",
     "Objects",
+    "PixelClasses",
     "Rows",
     "Tokens",
     "answered",
@@ -39,6 +44,7 @@ __all__ = [
     "class_names",
     "eval_batches",
     "find",
+    "find_pixel_classes",
     "fit_lengths",
     "label_text",
     "load_rows",
@@ -48,6 +54,7 @@ __all__ = [
     "pieces",
     "read_images",
     "read_labels",
+    "read_masks",
     "read_numbers",
     "read_scores",
     "read_objects",

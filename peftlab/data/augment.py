@@ -44,6 +44,18 @@ class Change:
                 image = getattr(PIL.ImageEnhance, name)(image).enhance(factor)
         return image
 
+    def apply_to_mask(self, classes: np.ndarray, empty: int) -> np.ndarray:
+        """[H, W] uint8 classes of pixels, changed as the image is. Args: empty: the class of corners that a rotation leaves."""
+        import PIL.Image
+
+        left, top, right, bottom = self.box(classes.shape[1], classes.shape[0])
+        classes = classes[top:bottom, left:right]
+        classes = classes[:, ::-1] if self.flip else classes
+        if self.angle:
+            image = PIL.Image.fromarray(np.ascontiguousarray(classes))
+            classes = np.asarray(image.rotate(self.angle, PIL.Image.Resampling.NEAREST, fillcolor=empty))
+        return classes
+
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
         """The part of an image of this size that is kept, in pixels; at least one pixel."""
         left, top = math.floor(self.crop[0] * width), math.floor(self.crop[1] * height)

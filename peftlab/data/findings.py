@@ -12,6 +12,7 @@ import numpy as np
 
 from peftlab.data.labels import similar_labels
 from peftlab.data.ledger import Indices, Ledger
+from peftlab.data.mask_ledger import MaskLedger
 from peftlab.data.question_ledger import QuestionLedger
 from peftlab.errors import DataError, listed
 
@@ -119,7 +120,7 @@ def find(ledger: Ledger, *, num_embeddings: int | None = None) -> list[Finding]:
         *_answers(ledger),
         *_messages(ledger),
         *_row_notes(ledger),
-        *_labels(ledger),
+        *(_pixels(ledger) if isinstance(ledger, MaskLedger) else _labels(ledger)),
         *(_questions(ledger) if isinstance(ledger, QuestionLedger) else ()),
     ]
     return sorted(findings, key=lambda finding: not finding.error)
@@ -421,6 +422,12 @@ def _labels(ledger: Ledger) -> Iterator[Finding]:
     elif single:
         have = "1 label has" if len(single) == 1 else f"{len(single):,} labels have"
         yield Finding("single_row_label", f"{have} only one row: {listed(single)}", "data.columns.label")
+
+
+def _pixels(ledger: MaskLedger) -> Iterator[Finding]:
+    absent = [entry["label"] for entry in ledger.label_counts() or [] if not entry["rows"]]
+    if absent:
+        yield Finding("absent_label", f"no mask has a pixel of {listed(absent)}", "data.columns.mask")
 
 
 def _questions(ledger: QuestionLedger) -> Iterator[Finding]:

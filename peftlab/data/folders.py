@@ -15,6 +15,8 @@ from peftlab.errors import DataError, listed
 
 # Files that `datasets` and repositories write next to the data.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+# The folders of images and of masks, whose files are paired by name.
+_PAIRED = ("images", "masks")
 _UNLABELLED = ("unsup", "unlabeled", "unlabelled")
 
 
@@ -23,13 +25,15 @@ class Contents(NamedTuple):
 
     Attributes:
         kind: ``tables``; ``images`` or ``texts``: each file is one row.
-        labels: the class of each file, if its subfolder names it.
+        labels: the class of each file, if its subfolder names it. masks: the mask of each image, if the folder has masks; None: an
+            image without one.
         split_taken: whether ``Options.split`` chose these files, and not a table in them.
     """
 
     files: list[Path]
     kind: str = "tables"
     labels: list[str] | None = None
+    masks: list[Path | None] | None = None
     notes: tuple[Note, ...] = ()
     split_taken: bool = False
 
@@ -50,6 +54,8 @@ def contents_of(folder: Path, options: Options) -> Contents:
         ) from None
     if options.format == "auto" and not any(_is_table(path) for path in files):
         images = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
+        if _has_masks(folder, images):
+            return _of_masks(folder, images, options)
         if any(path.parent != folder for path in images):
             return _of_classes(folder, images, "images", options)
         if options.classes_from_folders:
@@ -127,11 +133,46 @@ def _of_classes(folder: Path, files: list[Path], kind: str, options: Options) ->
     classed = [path for path in files if len(parts[path]) > depth]
     labelled = [path for path in classed if parts[path][depth].lower() not in _UNLABELLED]
     if not labelled:
-        return Contents(files, kind, None, tuple(notes), taken)
+        return Contents(files, kind, notes=tuple(notes), split_taken=taken)
     if left := len(files) - len(labelled):
         what = "file is" if left == 1 else "files are"
         notes.append(Note("folder", f"{folder}: {left:,} {what} in no class folder, and not read", options.key))
-    return Contents(labelled, kind, [parts[path][depth] for path in labelled], tuple(notes), taken)
+    labels = [parts[path][depth] for path in labelled]
+    return Contents(labelled, kind, labels, notes=tuple(notes), split_taken=taken)
+
+
+def _has_masks(folder: Path, files: list[Path]) -> bool:
+    """Whether each image is below a folder ``images`` or ``masks``, and there are both."""
+    return {_kind_of(folder, path) for path in files} == set(_PAIRED)
+
+
+def _kind_of(folder: Path, path: Path) -> str | None:
+    """``images`` or ``masks``, from the first or second folder in the path."""
+    return next((part for part in path.relative_to(folder).parts[:-1][:2] if part in _PAIRED), None)
+
+
+def _of_masks(folder: Path, files: list[Path], options: Options) -> Contents:
+    """``images/NAME.jpg`` with ``masks/NAME.png``, also below a folder per split, or with such folders in both."""
+
+    def split_of(path: Path) -> str | None:
+        return next((part.lower() for part in path.relative_to(folder).parts[:-1] if part.lower() in SPLITS), None)
+
+    files, notes, taken = _of_split(folder, files, split_of, options)
+    found: dict[str, dict[tuple[str, ...], Path]] = {kind: {} for kind in _PAIRED}
+    for path in files:
+        kind, inside = _kind_of(folder, path), list(path.relative_to(folder).parts)
+        assert kind is not None
+        inside.remove(kind)
+        name = (*inside[:-1], path.stem)
+        if (other := found[kind].setdefault(name, path)) != path:
+            raise DataError(f"{other} and {path} have one name; each image needs a name of its own", key=options.key)
+    images, masks = (found[kind] for kind in _PAIRED)
+    if alone := [path for name, path in masks.items() if name not in images]:
+        names = listed([path.relative_to(folder).as_posix() for path in alone], most=3)
+        what = "1 mask has" if len(alone) == 1 else f"{len(alone):,} masks have"
+        notes.append(Note("folder", f"{folder}: {what} no image, and not read: {names}", options.key))
+    pairs = [masks.get(name) for name in images]
+    return Contents(list(images.values()), "images", masks=pairs, notes=tuple(notes), split_taken=taken)
 
 
 def _of_split(

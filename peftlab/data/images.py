@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,9 @@ from peftlab.data.rows import Rows
 from peftlab.errors import DataError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-_KEY = "data.columns.image"
+# What a row holds: pixels to read, or the classes of pixels.
+What = Literal["image", "mask"]
+Source = Path | bytes | npt.NDArray[np.uint8]
 # Bytes at the end of a JPEG in which its end marker is, unless it was cut off.
 _JPEG_END = 1024
 # The EXIF tag of a camera's orientation, and the first value that exchanges width and height.
@@ -36,7 +38,7 @@ class Image:
         change: a random change in training; None: the image as it is.
     """
 
-    source: Path | bytes | npt.NDArray[np.uint8]
+    source: Source
     where: str
     length: int
     change: Change | None = None
@@ -48,8 +50,8 @@ class Image:
         if isinstance(self.source, np.ndarray):
             image = PIL.Image.fromarray(self.source).convert(mode)
         else:
-            raw = _bytes_of(self.source, self.where)
-            with _damaged(self.source, self.where), PIL.Image.open(io.BytesIO(raw)) as opened:
+            raw = bytes_of(self.source, self.where)
+            with damaged(self.source, self.where), PIL.Image.open(io.BytesIO(raw)) as opened:
                 image = _converted(opened, mode)
         return image if self.change is None else self.change.apply(image)
 
@@ -59,8 +61,8 @@ class Image:
 
         if isinstance(self.source, np.ndarray):
             return int(self.source.shape[1]), int(self.source.shape[0])
-        raw = _bytes_of(self.source, self.where)
-        with _damaged(self.source, self.where), PIL.Image.open(io.BytesIO(raw)) as opened:
+        raw = bytes_of(self.source, self.where)
+        with damaged(self.source, self.where), PIL.Image.open(io.BytesIO(raw)) as opened:
             turned = opened.getexif().get(_ORIENTATION, 1) >= _FIRST_TURNED
             return (opened.height, opened.width) if turned else (opened.width, opened.height)
 
@@ -74,17 +76,27 @@ def read_images(rows: Rows, column: str, *, length: int) -> Iterator[tuple[Image
 
     Raises: DataError with file and row if an image is missing, in an unknown format, or damaged in its header.
     """
-    for index, value in enumerate(rows.column(column, key=_KEY)):
-        where = rows.where(index)
-        folder = Path(rows.origins[rows.origin_index[index]].path).parent
-        source = _source(value, where, folder)
-        if isinstance(source, np.ndarray):
-            content = str(source.shape).encode() + source.tobytes()
-        else:
-            content = _bytes_of(source, where)
+    for source, where in read_sources(rows, column, what="image"):
+        content = content_of(source, where)
+        if not isinstance(source, np.ndarray):
             _check(content, source, where)
         digest = hashlib.sha256(content).digest()[:8]
         yield Image(source, where, length), int.from_bytes(digest, "little", signed=True)
+
+
+def read_sources(rows: Rows, column: str, *, what: What) -> Iterator[tuple[Source, str]]:
+    """Each row's file, bytes or pixels, with its place in the data. Raises: DataError for another value."""
+    for index, value in enumerate(rows.column(column, key=_key(what))):
+        where = rows.where(index)
+        folder = Path(rows.origins[rows.origin_index[index]].path).parent
+        yield _source(value, where, folder, what), where
+
+
+def content_of(source: Source, where: str, *, what: What = "image") -> bytes:
+    """What identifies a source: the bytes of its file, or its shape and pixels. Raises: DataError if it cannot be read."""
+    if isinstance(source, np.ndarray):
+        return str(source.shape).encode() + source.tobytes()
+    return bytes_of(source, where, what=what)
 
 
 def size_text(image: Image) -> str:
@@ -94,7 +106,15 @@ def size_text(image: Image) -> str:
     return f"{width} x {height} pixels{name}"
 
 
-def _source(value: Any, where: str, folder: Path) -> Path | bytes | npt.NDArray[np.uint8]:
+def _key(what: What) -> str:
+    return f"data.columns.{what}"
+
+
+def _named_kind(what: What) -> str:
+    return "an image" if what == "image" else "a mask"
+
+
+def _source(value: Any, where: str, folder: Path, what: What) -> Source:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value.strip():
@@ -102,40 +122,44 @@ def _source(value: Any, where: str, folder: Path) -> Path | bytes | npt.NDArray[
     if isinstance(value, bytes):
         return value
     if isinstance(value, list | np.ndarray):
-        return _pixels(value, where)
+        return _pixels(value, where, what)
     shown, remedy = repr(value), ""
     if value is None or value == "":
         remedy = "; data.empty=drop leaves such rows out"
     raise DataError(
-        f"{where}: expected an image (a path, the bytes of a file, or lists of pixels), found {shown[:60]}{remedy}",
-        key=_KEY,
+        f"{where}: expected {_named_kind(what)} (a path, the bytes of a file, or lists of pixels), found "
+        f"{shown[:60]}{remedy}",
+        key=_key(what),
     )
 
 
-def _pixels(value: Any, where: str) -> npt.NDArray[np.uint8]:
+def _pixels(value: Any, where: str, what: What) -> npt.NDArray[np.uint8]:
     try:
         pixels = np.asarray(value)
     except ValueError:
         pixels = np.zeros(0, dtype=object)
     numbers = pixels.dtype.kind in "uif" and pixels.size > 0
-    fits = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
+    colours = what == "image"
+    fits = pixels.ndim == 2 or (colours and pixels.ndim == 3 and pixels.shape[2] == 3)
     if not (numbers and fits and pixels.min() >= 0 and pixels.max() <= 255 and np.array_equal(pixels, np.rint(pixels))):
         raise DataError(
-            f"{where}: expected pixels [height, width] or [height, width, 3] of whole numbers from 0 to 255, found "
+            f"{where}: expected {'pixels' if colours else 'a mask'} [height, width]"
+            f"{' or [height, width, 3]' if colours else ''} of whole numbers from 0 to 255, found "
             f"shape {list(pixels.shape)}"
             + (f" with values from {pixels.min()} to {pixels.max()}" if numbers else f" of {pixels.dtype}"),
-            key=_KEY,
+            key=_key(what),
         )
     return pixels.astype(np.uint8)
 
 
-def _bytes_of(source: Path | bytes, where: str) -> bytes:
+def bytes_of(source: Path | bytes, where: str, *, what: What = "image") -> bytes:
+    """The bytes of a file. Raises: DataError if it cannot be read."""
     if isinstance(source, bytes):
         return source
     try:
         return source.read_bytes()
     except OSError as error:
-        raise DataError(f"{where}: the image {source} cannot be read: {error.strerror}", key=_KEY) from None
+        raise DataError(f"{where}: the {what} {source} cannot be read: {error.strerror}", key=_key(what)) from None
 
 
 def _converted(opened: Any, mode: str) -> Any:
@@ -165,8 +189,8 @@ def _check(content: bytes, source: Path | bytes, where: str) -> None:
     import PIL.Image
 
     if not content:
-        raise DataError(f"{where}: expected an image, found an empty file{_named(source)}", key=_KEY)
-    with _damaged(source, where), PIL.Image.open(io.BytesIO(content)) as opened:
+        raise DataError(f"{where}: expected an image, found an empty file{_named(source)}", key=_key("image"))
+    with damaged(source, where), PIL.Image.open(io.BytesIO(content)) as opened:
         if opened.format == "PNG":
             opened.verify()
         elif opened.format != "JPEG" or b"\xff\xd9" not in content[-_JPEG_END:]:
@@ -178,7 +202,7 @@ def _named(source: Path | bytes) -> str:
 
 
 @contextlib.contextmanager
-def _damaged(source: Path | bytes, where: str) -> Iterator[None]:
+def damaged(source: Path | bytes, where: str, *, what: What = "image") -> Iterator[None]:
     """Turns Pillow's errors for an unreadable file into a DataError."""
     import PIL.Image
 
@@ -189,7 +213,8 @@ def _damaged(source: Path | bytes, where: str) -> Iterator[None]:
     except PIL.Image.DecompressionBombError as error:
         size = str(error).removeprefix("Image size ").partition(" pixels")[0].strip("(")
         raise DataError(
-            f"{where}: the image has {size} pixels, more than Pillow opens; make it smaller{_named(source)}", key=_KEY
+            f"{where}: the {what} has {size} pixels, more than Pillow opens; make it smaller{_named(source)}",
+            key=_key(what),
         ) from error
     # Its plugins raise many types: an unknown format or a truncated file is an OSError, other faults are not.
     except (OSError, ValueError, SyntaxError, IndexError, EOFError) as error:
@@ -197,5 +222,6 @@ def _damaged(source: Path | bytes, where: str) -> Iterator[None]:
         unknown = isinstance(error, PIL.UnidentifiedImageError)  # its text shows an object in memory
         reason = "" if unknown else f" ({error})"
         raise DataError(
-            f"{where}: expected an image, found a damaged file or another format: {name}{reason}", key=_KEY
+            f"{where}: expected {_named_kind(what)}, found a damaged file or another format: {name}{reason}",
+            key=_key(what),
         ) from error

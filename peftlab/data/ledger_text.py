@@ -112,7 +112,11 @@ def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list
     if report["trained"] is None:
         tokens = "" if report["tokens"] is None else f", {report['tokens']:,} tokens"
         labels = _label_counts(report["labels"] or [])
-        known = f"labels: {labels}" if labels else numbers_text(report["numbers"])
+        known = (
+            f"{'pixels' if report['style'] == 'masks' else 'labels'}: {labels}"
+            if labels
+            else numbers_text(report["numbers"])
+        )
         about = questions_line(report) or known or "without labels"
         lines = [f"{name}: {rows}{tokens}; {about}"]
     else:

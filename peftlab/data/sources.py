@@ -50,6 +50,7 @@ def load_rows(
     - a folder that ``save_to_disk`` of ``datasets`` wrote;
     - a folder of images with one subfolder per class (columns ``image``, a path, and ``label``), or of texts with
       ``classes_from_folders`` (columns ``text`` and ``label``);
+    - a folder of images in ``images`` and masks of the same names in ``masks`` (columns ``image`` and ``mask``);
     - ``package:IMPORT_NAME/PATH``: a file or folder inside an installed package, which is not imported;
     - ``ID`` or ``ID:SPLIT``: a hub data set;
     - a built-in data set, see ``load_builtin``.
@@ -239,7 +240,7 @@ def _load_single_rows(name: str, folder: Path, found: Contents, options: Options
     notes: list[Note] = []
     for path in found.files:
         raw = _bytes_of(path, options.key)
-        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + hashlib.sha256(raw).digest())
+        _add_file(digest, folder, path, raw)
         if found.kind == "texts":
             text, noted = decode(raw, path, encoding=options.encoding, key=options.key)
             texts.append(text.strip("\r\n"))
@@ -249,6 +250,10 @@ def _load_single_rows(name: str, folder: Path, found: Contents, options: Options
     )
     if found.labels is not None:
         columns["label"] = list(found.labels)
+    if found.masks is not None:
+        columns["mask"] = [None if path is None else str(path.absolute()) for path in found.masks]
+        for path in (path for path in found.masks if path is not None):
+            _add_file(digest, folder, path, _bytes_of(path, options.key))
     count = len(found.files)
     rows = Rows(
         name=name,
@@ -260,6 +265,10 @@ def _load_single_rows(name: str, folder: Path, found: Contents, options: Options
         notes=tuple(notes),
     )
     return _with_odd_characters(rows, options) if found.kind == "texts" else rows
+
+
+def _add_file(digest: Any, folder: Path, path: Path, raw: bytes) -> None:
+    digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + hashlib.sha256(raw).digest())
 
 
 def _bytes_of(path: Path, key: str) -> bytes:

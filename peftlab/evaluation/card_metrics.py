@@ -61,7 +61,9 @@ def in_order(names: set[str], headline: str) -> list[str]:
 
 def class_metrics(names: Sequence[str] | None, spec: TaskSpec) -> dict[str, tuple[str, int]]:
     """Maps flat names of per-class metrics, such as ``recall_spam``, to (family, index of the class or entity label)."""
+    columns = _columns(spec, has_choices=spec.classes_from == "eval.choices")
     families = [s for s in METRICS.values() if s.rows and (s.of_entities if spec.marks_entities else s.averaged)]
+    families = [family for family in families if columns >= set(family.rows)]
     return {value: (f.name, i) for f in families for i, value in enumerate(values_of(f, names or []))}
 
 
@@ -78,8 +80,12 @@ def check_headline(name: str, spec: TaskSpec, class_names: Sequence[str] | None,
 
 
 def _verdict_metrics(spec: TaskSpec, has_choices: bool) -> list[str]:
+    columns = _columns(spec, has_choices=has_choices)
+    return [s.headline for s in METRICS.values() if s.rows and s.on_card and columns >= set(s.rows)]
+
+
+def _columns(spec: TaskSpec, *, has_choices: bool) -> frozenset[str]:
     columns = ROWS[spec.predicts] | (ROWS_OF_CHOICES if has_choices else frozenset())
     columns |= ROWS_OF_ENTITIES if spec.marks_entities else frozenset()
     columns |= ROWS_OF_ANSWERS if spec.predicts == "spans" else frozenset()
-    columns |= ROWS_OF_TEXTS if spec.answer_scores else frozenset()
-    return [s.headline for s in METRICS.values() if s.rows and s.on_card and columns >= set(s.rows)]
+    return columns | (ROWS_OF_TEXTS if spec.answer_scores else frozenset())

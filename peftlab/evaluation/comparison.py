@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from peftlab.errors import DataError, VerificationError
 from peftlab.evaluation.calibration import Calibration
 from peftlab.evaluation.entity_counts import entities_per_row
+from peftlab.evaluation.pixel_counts import COLUMNS as PIXELS
 from peftlab.measuring.intervals import Estimate, Floats, Statistic, bootstrap
 from peftlab.specs.metrics import METRICS
 from peftlab.specs.task_spec import Predicts
@@ -31,8 +33,8 @@ class Comparison:
 
     Args:
         num_rows: number of held-out rows. Compare models on the same rows only.
-        predicts: see ``TaskSpec``. "tokens", "token classes", "spans": a row has any number of scored positions. "classes": exactly
-            one.
+        predicts: see ``TaskSpec``. "tokens", "token classes", "spans", "pixels": a row has any number of scored positions.
+            "classes": exactly one.
         tags: the class names, if they mark entities; a row's positions then come in order.
 
     Attributes:
@@ -46,6 +48,7 @@ class Comparison:
         self.calibration = Calibration()
         self._sums = {name: np.zeros(num_rows) for name in _COLUMNS}
         self._classes = np.full((2, num_rows), -1, dtype=np.int32)
+        self._pixels: Floats | None = None
         self._has_teacher: bool | None = None
 
     @torch.no_grad()
@@ -74,9 +77,20 @@ class Comparison:
             if self._tags is not None:
                 tagged = np.stack([where[part], values["top"], targets[part].cpu().numpy()])
                 self._tagged.append(tagged.astype(np.int32))
+            if self.predicts == "pixels":
+                self._add_pixels(where[part], values["top"], targets[part].cpu().numpy(), logits.shape[1])
             if self.predicts == "classes":
                 self._classes[0, where[part]] = values["top"]
                 self._classes[1, where[part]] = targets[part].cpu().numpy()
+
+    def _add_pixels(self, row: Any, found: Any, true: Any, num_classes: int) -> None:
+        if self._pixels is None:
+            self._pixels = np.zeros((len(PIXELS), self.num_rows, num_classes))
+        right = found == true
+        chosen = ((row[right], true[right]), (row, found), (row, true))
+        for counts, (at, classes) in zip(self._pixels, chosen, strict=True):
+            added = np.bincount(at * num_classes + classes, minlength=counts.size)
+            counts += added.reshape(counts.shape)
 
     def sums(self, name: str) -> Floats:
         """[num_rows] sums over the positions of each row.
@@ -111,7 +125,8 @@ class Comparison:
         return row_statistics(self.columns())
 
     def columns(self) -> dict[str, Floats]:
-        """The inputs of ``statistics``, [num_rows] each, by the names in ``specs.metrics``; of entities [num_rows, labels].
+        """The inputs of ``statistics``, [num_rows] each, by the names in ``specs.metrics``; of entities and pixels [num_rows,
+        labels].
 
         Raises:
             DataError: no positions were added.
@@ -122,6 +137,8 @@ class Comparison:
         columns: dict[str, Floats] = {"positions": positions, "nll": self._sums["nll"]}
         if self.predicts == "tokens":
             columns |= {"tokens": positions, "correct_tokens": correct}
+        elif self._pixels is not None:
+            columns |= zip(PIXELS, self._pixels, strict=True)
         elif self.predicts != "spans":
             columns |= {"class_positions": positions, "correct_classes": correct}
         if self.predicts == "classes":

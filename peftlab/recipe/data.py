@@ -116,7 +116,7 @@ class DataSection(Section):
     template: TemplateSection | None = Field(None, description="builds the texts from the columns (causal_lm)")
     label_names: dict[str, str] = Field(
         default_factory=dict,
-        description="class name for each value in the label column, or for each tag or entity label",
+        description="class name for each value in the label column or in the masks, or for each tag or entity label",
     )
     bins: BinsSection | None = Field(None, description="cut a numeric label column into classes")
     score_range: tuple[float, float] | None = Field(

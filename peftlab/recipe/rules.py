@@ -250,7 +250,8 @@ def only_plain_text_is_split(recipe: Recipe) -> Problems:
 
 
 def redrawn_rows_have_no_cache(recipe: Recipe) -> Problems:
-    if recipe.spec.redraws and recipe.distill is not None and recipe.distill.cache is not None:
+    redrawn = recipe.spec.redraws and recipe.spec.reader == "tokenizer"  # images change only with data.augment
+    if redrawn and recipe.distill is not None and recipe.distill.cache is not None:
         yield (
             ("distill.cache",),
             f"a cache has the teacher's outputs for one set of masks, and {recipe.task} draws fresh ones in each pass; remove it, "

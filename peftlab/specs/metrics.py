@@ -79,6 +79,7 @@ _TAGS = {**_PAIRS, "starts": "row_starts"}
 _LABEL_SETS = {"predictions": "predicted_labels", "references": "true_labels"}
 _RANKS = {"predictions": "predicted_ranks", "references": "true_ranks"}
 _NUMBERS = {"predictions": "predicted_numbers", "references": "true_numbers"}
+_PIXELS = {"right": "pixels_right", "predicted": "pixels_predicted", "true": "pixels_true"}
 
 # The columns of a comparison on held-out rows, by the task's prediction; see ``MetricSpec.rows``.
 _POSITIONS = frozenset({"positions", "nll", "agree", "kl"})
@@ -90,6 +91,7 @@ ROWS: dict[str, frozenset[str]] = {
     "vectors": frozenset({"vectors"}),
     "numbers": frozenset({"predicted_numbers", "true_numbers"}),
     "boxes": frozenset(),
+    "pixels": _POSITIONS | {"pixels_right", "pixels_predicted", "pixels_true"},
 }
 # Additional columns of texts that the model writes.
 ROWS_OF_TEXTS = frozenset({"bleu_counts", "chrf_counts", *ROUGE})
@@ -314,6 +316,26 @@ METRICS: dict[str, MetricSpec] = {
             label="mAP at 0.5",
             note="average precision over classes, of boxes that overlap by half",
         ),
+        _share(
+            "iou",
+            needs=_PIXELS,
+            rows=("pixels_right", "pixels_predicted", "pixels_true"),
+            of_classes=True,
+            averaged=True,
+            kept_as="share",
+            on_short_card=True,
+            label="mean IoU",
+            note="pixels of a class in both masks by those in either, over all images, averaged over classes",
+        ),
+        _share(
+            "pixel_accuracy",
+            needs={"right": "pixels_right", "true": "pixels_true"},
+            rows=("pixels_right", "pixels_true"),
+            kept_as="share",
+            on_short_card=True,
+            label="pixel accuracy",
+            note="share of the labelled pixels whose class is right",
+        ),
         MetricSpec(
             "spearman",
             needs=_NUMBERS,
@@ -387,6 +409,8 @@ CARD_ORDER = (
     "entity_precision",
     "entity_recall",
     "accuracy",
+    "iou_macro",
+    "pixel_accuracy",
     "f1_macro",
     "exact_match",
     "chrf",

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 # What a model predicts at each scored position: tokens of a vocabulary, a class per token or per decision about a row, one class
-# per row, a position of the row (the start and the end of a span), a vector per row, a number per row, or a box and
-# its classes. Loss, teacher and report card depend on it.
-Predicts = Literal["tokens", "token classes", "classes", "spans", "vectors", "numbers", "boxes"]
+# per row, a position of the row (the start and the end of a span), a vector per row, a number per row, a box and its classes, or
+# a class per pixel. Loss, teacher and report card depend on it.
+Predicts = Literal["tokens", "token classes", "classes", "spans", "vectors", "numbers", "boxes", "pixels"]
 
 # Keys that some tasks use and others do not, but that others read.
 SCORED = ("eval.metrics", "eval.before", "eval.every", "eval.best", "eval.patience")
@@ -100,7 +100,7 @@ class TaskSpec:
     @property
     def has_softmax(self) -> bool:
         """Whether it predicts probabilities, with cross-entropy as the loss."""
-        return self.predicts in ("tokens", "token classes", "classes", "spans")
+        return self.predicts in ("tokens", "token classes", "classes", "spans", "pixels")
 
     @property
     def classifies(self) -> bool:

@@ -14,6 +14,7 @@ from peftlab.tasks.base import (
     Generates,
     Padding,
     Redraws,
+    Segments,
     Task,
     TaskParts,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Padding",
     "Preview",
     "Redraws",
+    "Segments",
     "Task",
     "TaskParts",
     "collate_packed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -269,3 +270,10 @@ class FindsObjects(Task, Protocol):
 
     def image_of(self, rows: Rows) -> Any:
         """The ``PIL.Image`` of the first of ``rows``, for a picture."""
+
+
+class Segments(Task, Protocol):
+    """A task that gives each pixel of an image a class (``spec.predicts`` is ``pixels``)."""
+
+    def file_of(self, rows: Rows, index: int) -> Path | None:
+        """The file of a row's image; None if the row holds it."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from peftlab.data import Image, Ledger
+from peftlab.data import Image, Ledger, Mask
 
 _NOTHING: Mapping[str, np.ndarray] = {}
 
@@ -23,9 +23,10 @@ class Example:
         row: index into the ``Rows`` it came from, for messages.
         weight: its contribution to the step's normaliser: the sum of the weights of its scored positions, such as trained
             tokens (causal_lm) or the weight of its class (seq_cls).
-        trained: [T] bool, tokens whose prediction is trained; None if a row has one prediction.
-        label: the correct answer: a class index, a number, or an array, such as a class per token, a class vector, a span
-            or boxes. None for language modelling without choices, and for a row without a label.
+        trained: [T] bool, tokens whose prediction is trained; None if a row has one prediction. Of an image without a mask
+            [H * W], the pixels that are scored; None: all.
+        label: the correct answer: a class index, a number, a mask, or an array, such as a class per token, a class vector, a
+            span or boxes. None for language modelling without choices, and for a row without a label.
         image: the image instead of tokens, read when it is batched.
         extra: additional inputs of the model by name, such as the ids of a decoder.
         scored: number of scored positions; only if ``trained`` is None.
@@ -38,7 +39,7 @@ class Example:
     row: int
     weight: float
     trained: np.ndarray | None = None
-    label: int | float | np.ndarray | None = None
+    label: int | float | np.ndarray | Mask | None = None
     image: Image | None = None
     extra: Mapping[str, np.ndarray] = field(default_factory=lambda: _NOTHING)
     scored: int = 1
@@ -55,6 +56,11 @@ class Example:
     def texts(self) -> list[np.ndarray]:
         """The token ids of each of its texts."""
         return np.split(self.ids, np.cumsum(self.sizes)[:-1]) if self.sizes else [self.ids]
+
+    def unlabelled(self, *, most_pixels: int) -> Example:
+        """Itself without its answer, to be compared with other models: of a mask, at a grid of ``most_pixels`` pixels."""
+        trained = self.label.grid(most_pixels) if isinstance(self.label, Mask) else self.trained
+        return replace(self, trained=trained, label=None, reference=None)
 
     @property
     def num_scored(self) -> int:

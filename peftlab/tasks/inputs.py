@@ -9,10 +9,11 @@ from peftlab.data import Rows
 from peftlab.data.values import is_null
 from peftlab.errors import DataError
 
-EMPTY_TEXT, NO_LABEL, NO_IMAGE, NO_SCORE = (
+EMPTY_TEXT, NO_LABEL, NO_IMAGE, NO_MASK, NO_SCORE = (
     "the text is empty",
     "there is no label",
     "there is no image",
+    "there is no mask",
     "there is no score",
 )
 

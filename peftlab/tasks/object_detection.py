@@ -20,6 +20,7 @@ from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.image_cls import as_weights, augmented_text
 from peftlab.tasks.inputs import NO_IMAGE, blank_values, unusable_rows
 from peftlab.tasks.outputs import Outputs, at_least_float32, weighted_sum
+from peftlab.tasks.pixels import by_size, padded_pixels
 from peftlab.tasks.preview import Preview
 
 _NO_IDS = np.zeros(0, dtype=np.int32)
@@ -161,15 +162,7 @@ class ObjectDetection:
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
         """Images of one size are one tensor [B, C, H, W]; others are padded at their ends, with a mask [B, H, W]."""
-        pixels = [self._pixels(e) for e in examples]
-        height, width = (max(p.shape[axis] for p in pixels) for axis in (1, 2))
-        inputs = {"pixel_values": torch.zeros(len(pixels), pixels[0].shape[0], height, width)}
-        mask = torch.zeros(len(pixels), height, width, dtype=torch.int64)
-        for i, one in enumerate(pixels):
-            inputs["pixel_values"][i, :, : one.shape[1], : one.shape[2]] = one
-            mask[i, : one.shape[1], : one.shape[2]] = 1
-        if not mask.all():
-            inputs["pixel_mask"] = mask
+        inputs = padded_pixels([self._pixels(e) for e in examples])
         return Batch(
             inputs={name: tensor.to(device) for name, tensor in inputs.items()},
             weights=example_weights(examples, device),
@@ -207,17 +200,7 @@ class ObjectDetection:
         return values[..., : self._loss.width], values[..., self._loss.width :]
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        pixels, mask = batch.inputs["pixel_values"], batch.inputs.get("pixel_mask")
-        if mask is None:
-            values = self._values(model, pixels)
-        else:
-            sizes = torch.stack([mask[:, :, 0].sum(1), mask[:, 0].sum(1)], 1)
-            parts, order = [], []
-            for height, width in sizes.unique(dim=0).tolist():
-                chosen = ((sizes[:, 0] == height) & (sizes[:, 1] == width)).nonzero()[:, 0]
-                parts.append(self._values(model, pixels[chosen, :, :height, :width]))
-                order.append(chosen)
-            values = torch.cat(parts)[torch.cat(order).argsort()]
+        values = torch.stack(by_size(lambda pixels: self._values(model, pixels), batch.inputs))
         return self._outputs(values, batch.labels, batch.weights)
 
     def _values(self, model: nn.Module, pixels: Tensor) -> Tensor:

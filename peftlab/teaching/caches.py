@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peftlab.assembly import Assembly
-from peftlab.data import Rows
+from peftlab.data import Mask, Rows
 from peftlab.distillation import fingerprint
 from peftlab.distillation.cache import Fill, TeacherCache, check_begun, differences, example_key, open_cache, unfit
 from peftlab.distillation.cache.manifest import CAPTURE, MANIFEST, OWN
@@ -65,11 +65,12 @@ def examples_identity(assembly: Assembly, rows: Rows) -> dict[str, Any]:
 
 
 def key_of(example: Example) -> int:
-    """The key of an example in a cache, from its tokens and trained mask, or from the content of its image."""
+    """The key of an example in a cache, from its tokens and trained mask, or from the content of its image and mask."""
     if example.image is None:
         return example_key(example.ids, example.trained)
     source = example.image.source
     raw = source.read_bytes() if isinstance(source, Path) else source if isinstance(source, bytes) else source.tobytes()
+    raw += example.label.content() if isinstance(example.label, Mask) else b""
     return example_key(np.frombuffer(raw, dtype=np.uint8))
 
 
@@ -128,7 +129,7 @@ def is_stored(assembly: Assembly) -> bool:
 def planned_fill(assembly: Assembly, skeleton: Any) -> Fill:
     """How the recipe will store the teacher ``skeleton``, from its configuration alone. Raises: RecipeError."""
     task = assembly.task
-    num_classes, width = None, skeleton.config.get_text_config().hidden_size
+    num_classes, width = None, getattr(skeleton.config.get_text_config(), "hidden_size", None)
     if assembly.spec.predicts == "tokens":
         num_classes = len(task.tokenizer)
     elif assembly.spec.predicts == "spans":  # the positions of a window

@@ -218,6 +218,12 @@ class Teachers:
         if self.translated():
             return self._translated(theirs, task, rows, encoded)
         own = theirs.read(rows) if theirs.own_texts else None
+        if own is not None and task.spec.predicts == "pixels" and self._assembly.recipe.data.augment is not None:
+            raise RecipeError(
+                f"the teacher {named.name} has another image processor and sees the images as they are, so changed masks do not fit "
+                "its pixels; remove data.augment",
+                key="data.augment",
+            )
         packs = not packing or check_packing(theirs.model, theirs.task, encoded.examples, device=theirs.device) is None
         columns = theirs.columns if columns.count is None else columns
         return ModelTeacher(
