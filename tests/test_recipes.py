@@ -13,10 +13,10 @@ import pytest
 
 import peftlab
 from peftlab.api.distill import distill
-from peftlab.data import load_rows
+from peftlab.data import Rows, load_rows
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
-from tests.docstring_baseline import baseline
+from tests import text_baselines
 from tests.masked_examples import write_bert
 
 TINY = {
@@ -249,9 +249,35 @@ def test_quickstart_repeats_to_the_byte(tmp_path: Path, monkeypatch: pytest.Monk
 def test_docstring_questions_beats_its_baseline(tmp_path: Path) -> None:
     recipe = load_recipe("docstring-questions").recipe
     assert recipe.data.eval is not None
-    simple = baseline(load_rows(recipe.data.train), load_rows(recipe.data.eval, key="data.eval"))
+    simple = text_baselines.frequent_answers(load_rows(recipe.data.train), load_rows(recipe.data.eval, key="data.eval"))
     assert simple["none_exact"] == pytest.approx(0.535) and simple["frequent_f1"] == pytest.approx(0.3665, abs=1e-3)
     summary, _, _ = _measured("docstring-questions", tmp_path)
     after = summary["after"]
     assert isinstance(after, dict)
     assert after["squad_f1"] > max(simple.values())
+
+
+@pytest.mark.slow
+def test_docstring_reranking_beats_its_baselines(tmp_path: Path) -> None:
+    train, held_out = _parts("docstring-reranking")
+    simple = [text_baselines.tfidf_order(train, held_out), text_baselines.minilm_order(held_out)]
+    summary, _, _ = _measured("docstring-reranking", tmp_path)
+    after = summary["after"]
+    assert isinstance(after, dict)
+    assert after["mrr"] >= max(order["mrr"] for order in simple) + 0.03
+
+
+@pytest.mark.slow
+def test_word_feelings_beat_their_baseline(tmp_path: Path) -> None:
+    simple = text_baselines.tfidf_labels(*_parts("word-feelings"), column="feelings")
+    summary, _, _ = _measured("word-feelings", tmp_path)
+    after = summary["after"]
+    assert isinstance(after, dict)
+    assert after["labels_f1_micro"] >= simple["micro"] + 0.1
+    assert after["labels_f1"] >= simple["macro"] + 0.1
+
+
+def _parts(name: str) -> tuple[Rows, Rows]:
+    data = load_recipe(name).recipe.data
+    assert data.eval is not None
+    return load_rows(data.train), load_rows(data.eval, key="data.eval")

