@@ -81,5 +81,5 @@ def _verdict_metrics(spec: TaskSpec, has_choices: bool) -> list[str]:
     columns = ROWS[spec.predicts] | (ROWS_OF_CHOICES if has_choices else frozenset())
     columns |= ROWS_OF_ENTITIES if spec.marks_entities else frozenset()
     columns |= ROWS_OF_ANSWERS if spec.predicts == "spans" else frozenset()
-    columns |= ROWS_OF_TEXTS if spec.answer_scores else frozenset()
+    columns |= ROWS_OF_TEXTS if spec.always_writes else frozenset()
     return [s.headline for s in METRICS.values() if s.rows and s.on_card and columns >= set(s.rows)]
