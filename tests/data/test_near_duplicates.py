@@ -23,7 +23,7 @@ def test_pairs_are_those_with_that_jaccard_similarity(least: float) -> None:
 
 
 def test_chain_of_near_duplicates_leads_to_its_first_text() -> None:
-    words = "aaaa bbbb cccc dddd eeee ffff gggg hhhh".split()
+    words = ["aaaa", "bbbb", "cccc", "dddd", "eeee", "ffff", "gggg", "hhhh"]
     chain = [" ".join(words[i : i + 6]) for i in range(3)]
     assert not near_duplicates(chain[:1], chain[2:]).nnz
     assert first_alike([*chain, "other text"]) == [chain[0]] * 3 + ["other text"]
