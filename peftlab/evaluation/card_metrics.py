@@ -88,4 +88,4 @@ def _columns(spec: TaskSpec, *, has_choices: bool) -> frozenset[str]:
     columns = ROWS[spec.predicts] | (ROWS_OF_CHOICES if has_choices else frozenset())
     columns |= ROWS_OF_ENTITIES if spec.marks_entities else frozenset()
     columns |= ROWS_OF_ANSWERS if spec.predicts == "spans" else frozenset()
-    return columns | (ROWS_OF_TEXTS if spec.answer_scores else frozenset())
+    return columns | (ROWS_OF_TEXTS if spec.always_writes else frozenset())

@@ -13,7 +13,8 @@ from peftlab.specs.task_spec import TaskSpec
 def default_metrics(spec: TaskSpec, has_choices: bool) -> list[str]:
     """The metric families used if the recipe names none."""
     chosen = spec.default_metrics
-    return [n for n in _available(spec, has_choices) if (n in chosen if chosen else METRICS[n].by_default)]
+    available = [n for n in _available(spec, has_choices) if spec.always_writes or not METRICS[n].of_answers]
+    return [n for n in available if (n in chosen if chosen else METRICS[n].by_default)]
 
 
 def check_metrics(

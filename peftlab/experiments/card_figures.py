@@ -157,7 +157,7 @@ class _Comparer:
                 for who, model in (*models.items(), *self._teachers.choosers()):
                     columns = self._task.score(model, batch)
                     scores[who].add_choices(rows, columns["predictions"], columns["references"])
-            if self._task.spec.answer_scores:
+            if self._task.spec.always_writes:
                 writer, rows = cast(Generates, self._task), where.unique_consecutive().tolist()
                 for who, model in (*models.items(), *self._teachers.choosers()):
                     written = writer.score_answers(model, batch)

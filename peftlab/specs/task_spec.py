@@ -51,6 +51,8 @@ class TaskSpec:
             conversations (``tasks.Chats``). redraws: whether its examples change on each pass (``tasks.Redraws``).
         reads_source: whether a row has a source, which an encoder reads, and a target, which a decoder writes.
         answer_scores: the columns that ``Generates.score_answers`` gives to the metrics, from texts that the model writes.
+        always_writes: whether metrics of these texts are among the default ones and on the report card; otherwise the model
+            writes only if eval.metrics names them.
         objectives: the losses in ``specs.objectives`` that it can learn by, the default first; empty: it has one loss.
         contrasts: whether the loss of a row may depend on the other rows of its step (it then implements ``tasks.Contrasts``).
         gathers: whether its metrics need all held-out rows together (it then implements ``tasks.Gathers``).
@@ -83,6 +85,7 @@ class TaskSpec:
     chats: bool = False
     reads_source: bool = False
     answer_scores: tuple[str, ...] = ()
+    always_writes: bool = False
     redraws: bool = False
     objectives: tuple[str, ...] = ()
     contrasts: bool = False

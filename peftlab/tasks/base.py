@@ -41,7 +41,8 @@ class TaskParts:
         style, control_tokens: see ``data.chat.Formatter``.
         padding: how the family of the model is padded. causal: whether a token of it sees only those before.
         end_ids: tokens at which its generation config ends a text.
-        num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
+        num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown. most_tokens: the longest text that it reads
+            and writes, in tokens.
         token_types: number of types of tokens that the model reads; 0: it reads none. hidden_size: width of its hidden states, if its
             config says so.
         augmentation: random changes of training images. config: the model's, for an image task whose loss depends on it.
@@ -69,6 +70,7 @@ class TaskParts:
     causal: bool = False
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
+    most_tokens: int = 2**31
     token_types: int = 0
     hidden_size: int | None = None
     augmentation: Augmentation | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from peftlab.tasks.choices import Choices
 from peftlab.tasks.example import Encoded, Example, lengths_of, trained_of
 from peftlab.tasks.generation import Generator, sampling_kwargs
 from peftlab.tasks.inputs import EMPTY_TEXT, NO_LABEL, blank_values, unusable_rows
+from peftlab.tasks.last_answer import last_answer
 from peftlab.tasks.lm_head import LMHead
 from peftlab.tasks.outputs import Outputs, cross_entropy
 from peftlab.tasks.preview import Preview, preview
@@ -48,6 +50,7 @@ class CausalLM:
         formatter: rows to text and trained spans.
         head_loss: see ``LMHead``.
         choices: possible completions; every row then has a label, and ``score`` predicts by constrained decoding.
+        max_new_tokens: of the texts written in evaluation. most_tokens: see ``TaskParts``.
         end_ids: tokens at which the model's generation config ends a text. num_embeddings: see ``TaskParts``.
     """
 
@@ -64,8 +67,12 @@ class CausalLM:
         choices: Sequence[str] | None = None,
         end_ids: Sequence[int] = (),
         num_embeddings: int | None = None,
+        max_new_tokens: int = 64,
+        most_tokens: int = 2**31,
     ) -> None:
         self.tokenizer = self.files = tokenizer
+        self._max_new_tokens = max_new_tokens
+        self._room = max(1, most_tokens - max_new_tokens)
         self._num_embeddings = num_embeddings
         self.formatter = formatter
         self._choices = Choices(choices) if choices else None
@@ -90,6 +97,8 @@ class CausalLM:
             choices=parts.classes,
             end_ids=parts.end_ids,
             num_embeddings=parts.num_embeddings,
+            max_new_tokens=parts.settings["eval.max_new_tokens"],
+            most_tokens=parts.most_tokens,
         )
 
     @classmethod
@@ -130,6 +139,8 @@ class CausalLM:
             kept[(trained == 0) | (bool(self._choices) & (trained < tokens.num_trained(tokens.lengths)))] = 0
             labels = self._choices.labels(rows, first, tokens, kept, self.tokenizer) if self._choices else None
             made = list(_examples(first, tokens, kept, labels, size=max_length)) if keep or splits else []
+            if not training and self.formatter.style != "text":
+                made = [replace(e, reference=last_answer(tokens, e.row - first, len(e.ids))) for e in made]
             blocks = lengths_of(made), trained_of(made)
             ledger.add(first, tokens, kept, labels, examples=blocks if splits else None)
             if keep:
@@ -359,14 +370,28 @@ class CausalLM:
         return self._generator.kwargs(max_new_tokens, sampling)
 
     def score_answers(self, model: nn.Module, batch: Batch) -> Columns:
-        """No columns: the metrics of answers are not for chats and prompts."""
-        return {}
+        """Of a conversation the last answer; the others are part of its prompt."""
+        turns = [example.reference for example in batch.examples]
+        prompts = [e.ids[: turn.start][-self._room :] for e, turn in zip(batch.examples, turns, strict=True)]
+        written = dict(
+            self._generator.write(
+                model,
+                prompts,
+                batch_tokens=2**31,
+                max_new_tokens=self._max_new_tokens,
+                sampling=sampling_kwargs(0.0, 1.0),
+            )
+        )
+        return {
+            "answers": [self.text_of(written[i]).strip() for i in range(len(prompts))],
+            "reference_texts": [self.text_of(turn.answer).strip() for turn in turns],
+        }
 
     def answers_need(self, rows: Rows) -> None:
         if self.formatter.style == "text":
             raise DataError(
-                "on_policy and answers need prompts to answer, but these rows are plain text: expected messages, prompt and "
-                "completion, or a template",
+                "a model can only answer prompts, but these rows are plain text: expected messages, prompt and completion, or "
+                "a template",
                 key=self.formatter.key,
             )
 

@@ -115,9 +115,50 @@ def test_catalogues_of_a_package_are_gathered_without_importing_it(package: Path
     assert sorted([*parts[0].columns["source"], *parts[1].columns["source"]]) == sorted(rows.columns["source"])
 
 
+def test_two_languages_are_aligned_by_the_strings_of_the_program(package: Path) -> None:
+    """By msgid and context, in the same catalogue of both; of plural forms, those with the same number."""
+    plural = 'msgid "%(n)s day"\nmsgid_plural "%(n)s days"\n'
+    write(
+        package / "locale/fr/LC_MESSAGES",
+        'msgid "Save"\nmsgstr "Enregistrer"\n\nmsgid "May"\nmsgstr "Pouvoir"\n\nmsgid "Old"\nmsgstr "Vieux"\n\n'
+        f'{plural}msgstr[0] "%(n)s jour"\nmsgstr[1] "%(n)s jours"\n',
+    )
+    rows = load_rows("catalogues:shopx/de/fr")
+    assert list(zip(rows.columns["source"], rows.columns["target"], strict=True)) == [
+        ("Sichern", "Enregistrer"),
+        ("%(n)s Tag", "%(n)s jour"),
+        ("%(n)s Tage", "%(n)s jours"),
+    ]
+    assert rows.where(1) == f"{package}/locale/fr/LC_MESSAGES/django.po:10"
+    assert "2 not translated in" in rows.notes[0].message
+    write(package / "locale/fr/LC_MESSAGES", f'{plural}msgstr[0] "%(n)s jour"\n\nmsgid "Save"\nmsgstr "Sauver"\n')
+    one_form = load_rows("catalogues:shopx/de/fr")
+    assert one_form.columns["target"] == ["Sauver"]
+    assert "1 with other plural forms" in one_form.notes[0].message
+
+
+def test_near_duplicates_are_on_one_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{noun} number {i} is not a valid choice" for noun in ("The first", "Another") for i in range(20)]
+    write(
+        tmp_path / "shopx/locale/de/LC_MESSAGES",
+        "\n\n".join(f'msgid "{text}"\nmsgstr "{i}"' for i, text in enumerate(texts)),
+    )
+    (tmp_path / "shopx/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    sides = [set(load_rows(f"catalogues:shopx/de:{part}").columns["source"]) for part in ("train", "test")]
+    assert len(sides[0] | sides[1]) == 40
+    for noun in ("The first", "Another"):
+        alike = {text for text in texts if text.startswith(noun)}
+        assert not (alike & sides[0]) or not (alike & sides[1])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("catalogues:shopx/de/fr/it", "or catalogues:PACKAGE/LANGUAGE/LANGUAGE to translate between two"),
+        ("catalogues:shopx/en/de", r"shopx has no catalogue of the language 'en'.* It has 'de', 'fr'"),
+        ("catalogues:shopx/it_IT/de:train", "shopx has no catalogue of the language 'it_IT'"),
+        ("catalogues:shopx/fr/xx", "shopx has no catalogue of the language 'xx'"),
         (
             "catalogues:shopx/dee",
             r"shopx has no catalogue of the language 'dee'; did you mean 'de'\? It has 'de', 'fr'",
@@ -130,3 +171,9 @@ def test_catalogues_of_a_package_are_gathered_without_importing_it(package: Path
 def test_unknown_catalogues_are_refused(name: str, message: str, package: Path) -> None:
     with pytest.raises(DataError, match=message):
         load_rows(name)
+
+
+def test_languages_without_a_common_string_are_refused(package: Path) -> None:
+    write(package / "locale/fr/LC_MESSAGES", 'msgid "Elsewhere"\nmsgstr "Ailleurs"\n')
+    with pytest.raises(DataError, match="no string of shopx is translated into 'de' and 'fr'"):
+        load_rows("catalogues:shopx/de/fr")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from peftlab.adapters import HeadLoss
 from peftlab.data import Rows, answered
@@ -99,3 +100,58 @@ def test_write_answers_equals_greedy_generation(tiny: Any, tokenizer_of: Callabl
     assert [task.text_of(written[i]).strip() for i in range(3)] == texts
     assert all(len(answer) == 6 or task.ends(answer) for answer in written.values())
     assert not task.ends(np.zeros(0, dtype=np.int32)) and task.ends(np.array([5, END]))
+
+
+def writer(tiny: Any) -> Any:
+    """A model with large random weights, whose answers differ; those of the tiny models repeat a token."""
+    model = tiny("tiny:llama", adapter=False).eval()
+    draw = torch.Generator().manual_seed(0)
+    for name, weights in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(weights, std=0.5, generator=draw)
+    return model
+
+
+def scored(task: Any, model: Any, rows: Rows, *, max_length: int = 512, too_long: str = "error") -> Any:
+    encoded = task.encode(rows, max_length=max_length, too_long=too_long, training=False)
+    return task.score_answers(model, task.collate(encoded.examples, "cpu"))
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=["chat", "completion"])
+def test_scored_answers_are_those_to_the_prompts(
+    tiny: Any, tokenizer_of: Callable[[str], Any], template: dict[str, str]
+) -> None:
+    """They do not depend on the row's own answer, which is the reference."""
+    task, model = task_of(tokenizer_of("tiny:llama"), template), writer(tiny)
+    texts = [r["text"] for r in task.generate(model, ROWS, batch_tokens=999, max_length=512, max_new_tokens=64)]
+    columns = scored(task, model, ROWS)
+    assert len(set(texts)) == 3
+    assert columns["answers"] == texts
+    assert columns["reference_texts"] == ["because", "so \u00e9", "it is"]
+
+
+def test_reference_of_a_cut_row_is_whole(tiny: Any, tokenizer_of: Callable[[str], Any]) -> None:
+    task, model = task_of(tokenizer_of("tiny:llama"), TEMPLATES[1]), writer(tiny)
+    columns = scored(task, model, ROWS.select([0]), max_length=12, too_long="truncate")
+    assert columns["reference_texts"] == ["because"]
+
+
+def test_last_answer_of_a_conversation_is_scored(tiny: Any, tokenizer_of: Callable[[str], Any]) -> None:
+    tokenizer, model = tokenizer_of("tiny:llama"), writer(tiny)
+    turns = [("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    rows = Rows.from_dicts([{"messages": messages}], name="rows")
+    task = CausalLM(
+        tokenizer, Formatter(tokenizer, columns={}, template=None, available=["messages"]), head_loss=HeadLoss()
+    )
+    columns = scored(task, model, rows)
+    (whole,) = task.generate(model, rows, batch_tokens=999, max_length=512, max_new_tokens=64)
+    assert columns == {"answers": [whole["text"]], "reference_texts": ["2"]}
+
+
+def test_prompt_without_room_for_the_answer_is_cut_at_its_start(tiny: Any, tokenizer_of: Callable[[str], Any]) -> None:
+    tokenizer, model = tokenizer_of("tiny:llama"), writer(tiny)
+    formatter = Formatter(tokenizer, columns={}, template=TEMPLATES[1], available=["q", "a"])
+    task = CausalLM(tokenizer, formatter, head_loss=HeadLoss(), max_new_tokens=6, most_tokens=10)
+    wanted = task.generate(model, ROWS, batch_tokens=999, max_length=10, max_new_tokens=6)
+    assert scored(task, model, ROWS)["answers"] == [row["text"] for row in wanted]
