@@ -167,7 +167,7 @@ def test_two_texts_need_an_end_where_an_encoder_decoder_reads(tokenizer_of: Call
     from tokenizers.processors import TemplateProcessing
     from transformers import T5Config
 
-    from peftlab.assembly.model_findings import check_family
+    from peftlab.assembly.families import check_family
     from peftlab.specs.tasks import spec_of
 
     tokenizer, spec = tokenizer_of("tiny:bert"), spec_of("seq_cls", ("score", "pair"))
