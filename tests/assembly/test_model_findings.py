@@ -176,3 +176,25 @@ def test_two_texts_need_an_end_where_an_encoder_decoder_reads(tokenizer_of: Call
     check_family(T5Config(), tokenizer, spec)
     with pytest.raises(RecipeError, match="which the tokenizer does not write after two texts"):
         check_family(T5Config(), tokenizer, spec, pairs=True)
+
+
+def test_check_refuses_layers_whose_adapter_peft_renames(folder: Callable[..., None]) -> None:
+    from transformers import LagunaConfig
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = LagunaConfig(
+        vocab_size=260, num_hidden_layers=2, **sizes, **experts, shared_expert_intermediate_size=32, eos_token_id=2
+    )
+    folder(config, "AutoModelForCausalLM")
+    with pytest.raises(
+        RecipeError, match=r"PEFT renames 6 tensors.* 'model\.layers\.1\.mlp\.shared_experts\.down_proj'"
+    ):
+        peftlab.check(recipe("causal_lm"), progress=SilentProgress())
+    assert peftlab.check(recipe("causal_lm", targets=["q_proj", "v_proj"]), progress=SilentProgress())["ok"]
