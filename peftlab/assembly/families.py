@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peftlab.adapters import is_convolution
@@ -49,6 +49,12 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec, *, pairs: bool = F
         raise RecipeError(
             f"{config.model_type} reads the tokens after the one that it predicts, so it is no causal language model; use a "
             "model for causal language modelling, or set is_decoder to true in its config.json",
+            key="model.name",
+        )
+    if config.model_type == "cpmant":
+        raise RecipeError(
+            "cpmant finds the padding of a batch by the id 0 and on the left only, and ignores the attention mask; use another "
+            "language model",
             key="model.name",
         )
     if config.model_type == "reformer":
@@ -104,6 +110,12 @@ def _check_encoder_decoder(config: Any) -> None:
         raise RecipeError(
             "its config.json has no decoder_start_token_id, the token that stands before each target; set it as the model was "
             "trained (T5, Marian, Pegasus: the padding token; BART: the end of text)",
+            key="model.name",
+        )
+    if kind == "encoder-decoder" and decoder_start(config) == config.pad_token_id:
+        raise RecipeError(
+            f"its decoder_start_token_id is its padding token (id {config.pad_token_id}), which {kind} masks when it trains and "
+            "reads when it writes; set it to another token, as the model was trained",
             key="model.name",
         )
 
@@ -164,6 +176,12 @@ def check_layers(model: Any, planned: Sequence[str]) -> None:
             "adapter.method=none",
             key="adapter.method",
         )
+    if (shared := next(shared_weights(model, planned), None)) is not None:
+        raise RecipeError(
+            f"{shared[0]} and {shared[1]} of {kind} are one weight, which a merge would change in both; leave it out of "
+            "adapter.targets",
+            key="adapter.targets",
+        )
     if getattr(model.config, "tf_padding", False) and any(
         is_convolution(model.get_submodule(name)) for name in planned
     ):
@@ -172,6 +190,28 @@ def check_layers(model: Any, planned: Sequence[str]) -> None:
             "adapter.method=none",
             key="adapter.targets",
         )
+
+
+def shared_weights(model: Any, planned: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields each layer of ``planned`` whose weight is also that of another layer, with the other; a head that is the input
+    embeddings is none, because a merge gives it weights of its own."""
+    ends = {id(end) for end in _ends(model)}
+    owners: dict[int, list[tuple[str, Any]]] = {}
+    for name, module in model.named_modules():
+        if (weight := getattr(module, "weight", None)) is not None:
+            owners.setdefault(id(weight), []).append((name, module))
+    for name in planned:
+        module = model.get_submodule(name)
+        for other, owner in owners.get(id(getattr(module, "weight", None)), ()):
+            if owner is not module and not ({id(owner), id(module)} <= ends):
+                yield name, other
+
+
+def _ends(model: Any) -> tuple[Any, ...]:
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return ()
 
 
 def _ties_without_embeddings(model: Any) -> bool:
