@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peftlab.adapters.beside import (
     beside,
@@ -22,6 +23,7 @@ from peftlab.adapters.beside import (
 )
 from peftlab.adapters.initial import as_plain_lora
 from peftlab.adapters.mixture import after_mixing, before_mixing, is_mixture, mixture_state, save_mixed, saved_places
+from peftlab.adapters.state import method_of
 from peftlab.errors import ArtifactError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -125,6 +127,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
     if bottlenecks is not None:
         keep_bottlenecks(peft_model, stored)
     _check_complete(peft_model, folder, model)
+    _check_values(peft_model, folder)
     load_beside(peft_model, folder, trainable=trainable)
     fused.set_kernels(peft_model, kernels)
     return peft_model
@@ -139,11 +142,13 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
     refuse_beside(folder, "they cannot be loaded next to another adapter")
     active = model.active_adapter
     try:
-        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        result = model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
     except ArtifactError:
         raise
     except (RuntimeError, ValueError, KeyError) as error:
         raise ArtifactError(_unfit(model.get_base_model(), folder, str(error))) from error
+    if lost := getattr(result, "unexpected_keys", ()):  # a bottleneck's has its own
+        raise _lost(folder, lost, model)
     model.set_adapter(active)
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
@@ -184,7 +189,23 @@ def load_tensors(model: Any, stored: dict[str, Any]) -> None:
     if isinstance(model, BottleneckModel):
         load_bottleneck_state(model, stored)
         return
-    set_peft_model_state_dict(model, stored)
+    result: Any = set_peft_model_state_dict(model, stored)
+    if lost := result.unexpected_keys:
+        raise RuntimeError(f"unread tensors, such as {lost[0]}")
+
+
+def lost_tensors(model: Any) -> list[str]:
+    """Names of the tensors of an adapter's file that PEFT would not read into ``model``, whose adapter it is; may be on the
+    meta device. PEFT (0.21) renames tensors by the patterns that transformers has for old checkpoints of a family."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    if method_of(model.peft_config["default"]) != "lora":  # it renames those of LoRA only
+        return []
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
+        result: Any = set_peft_model_state_dict(model, state)
+    return [name for name in result.missing_keys if ".lora_" in name] if result.unexpected_keys else []
 
 
 def check_adapter_files(folder: Path) -> None:
@@ -271,6 +292,29 @@ def _check_complete(model: Any, folder: Path, base: nn.Module) -> None:
             f"the adapter in {folder} was made for another model ({made_for(folder) or 'unknown'}), not for {_name(base)}: "
             f"{len(odd)} tensors do not match, such as {odd[0]} ({side})"
         )
+
+
+def _check_values(model: Any, folder: Path) -> None:
+    """Raises ArtifactError unless the adapter has the values in its file: PEFT passes over names that it has renamed."""
+    from safetensors import safe_open
+
+    now = state_of(model)
+    with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
+        saved = now.keys() & set(tensors.keys())
+        lost = [name for name in sorted(saved) if not _same_values(now[name], tensors.get_tensor(name))]
+    if lost:
+        raise _lost(folder, lost, model)
+
+
+def _same_values(value: Tensor, stored: Tensor) -> bool:
+    return value.shape == stored.shape and torch.equal(value.detach().cpu(), stored.to(value.dtype))
+
+
+def _lost(folder: Path, names: Sequence[str], model: Any) -> ArtifactError:
+    return ArtifactError(
+        f"PEFT opens the adapter in {folder} without {len(names)} of its tensors, such as {names[0]}, in "
+        f"{type(model.get_base_model()).__name__}; train with other adapter.targets"
+    )
 
 
 def unused_tensors(model: Any, names: Collection[str]) -> list[str]:

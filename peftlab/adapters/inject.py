@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from peftlab.adapters import initial, mixture
+from peftlab.adapters.adapter_files import lost_tensors
 from peftlab.adapters.beside import Beside, add_beside, errors_beside, keep_bottlenecks
 from peftlab.adapters.configuration import bottleneck_config, check_adapter, claimed_by, configs_beside, left_out
 from peftlab.adapters.parameters import experts_text
 from peftlab.adapters.patterns import Pattern, assigned, set_dropout
 from peftlab.adapters.places import chosen_blocks, peft_errors, planned_modules, trained_in_full
 from peftlab.adapters.quantized_check import check_untried
-from peftlab.errors import RecipeError
+from peftlab.errors import RecipeError, listed
 from peftlab.specs.methods import METHODS
 
 
@@ -152,10 +153,18 @@ def try_injection(skeleton: nn.Module, method: str, **arguments: Any) -> None:
     if arguments.get("init_lora_weights") is not None:
         arguments["init_lora_weights"] = True
     try:
-        inject(skeleton, method, **arguments)
+        model = inject(skeleton, method, **arguments)
     except (RecipeError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, RecipeError) and "meta" not in str(error).lower():
             raise
+        return
+    if lost := lost_tensors(model):
+        layers = sorted({base_name(name).partition(".lora_")[0] for name in lost})
+        raise RecipeError(
+            f"PEFT renames {len(lost)} tensors of this adapter when it opens it in {type(skeleton).__name__}, and leaves them "
+            f"out: those of {listed(layers)}; name other layers",
+            key="adapter.targets",
+        )
 
 
 def report(model: Any) -> AdapterReport:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar, cast
 
 from peftlab.assembly.adapter import adapter_fingerprints, adapter_options, adapter_places
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
+from peftlab.assembly.families import check_family
 from peftlab.assembly.limits import input_limit, row_limit
 from peftlab.assembly.metrics import run_metrics
-from peftlab.assembly.model_findings import check_family
 from peftlab.assembly.process import pick_device
 from peftlab.assembly.reading import Reading, read_family, settings_of, task_parts
 from peftlab.assembly.stack import stacked

@@ -77,8 +77,16 @@ def _ends(model: Any) -> tuple[Any, Any]:
 
 
 def _tied_head(base: Any) -> bool:
-    head, _ = _ends(base)
-    return head is not None and bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
+    """Whether the head is the input embeddings, without what an adapter puts around them; the head of an encoder-decoder of two
+    models is tied to the embeddings of its decoder, which are others."""
+    head, embedding = map(_original, _ends(base))
+    return head is not None and embedding is not None and head.weight is embedding.weight
+
+
+def _original(module: Any) -> Any:
+    """A layer without an adapter's wrapper."""
+    module = getattr(module, "original_module", module)
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def _is_adapted(base: Any) -> bool:
@@ -98,9 +106,7 @@ def _is_adapted(base: Any) -> bool:
 
 def _untie(base: Any) -> None:
     """Gives the head a separate tensor, so that an update of head or embedding does not change the other."""
-    head, _ = _ends(base)
-    head = getattr(head, "original_module", head)
-    head = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+    head = _original(_ends(base)[0])
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     base.config.get_text_config().tie_word_embeddings = False
     base.config.tie_word_embeddings = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peftlab.assembly.model_findings import reads_ids
+from peftlab.assembly.families import reads_ids
 from peftlab.errors import RecipeError
 from peftlab.measuring.memory import share_one_heap
 from peftlab.models import check_stored, load_model, reconcile, start_rows

@@ -10,7 +10,7 @@ from peftlab.data.entities import OUTSIDE, Entity, begins_inside, entities_of, h
 from peftlab.data.labels import label_text
 from peftlab.data.rows import Rows
 from peftlab.data.spans import as_list, label_of, read_spans, shown
-from peftlab.data.values import is_null, plain_text
+from peftlab.data.values import is_empty, is_null, plain_text
 from peftlab.data.words import Span, joined_words, words_of
 from peftlab.errors import DataError, RecipeError, listed
 
@@ -183,7 +183,7 @@ class Annotations:
 
     def _text(self, where: str, value: Any) -> str:
         key = "data.columns.text"
-        if is_null(value) or (isinstance(value, str) and not value.strip()):
+        if is_empty(value):
             raise DataError(f"{where}: the text is empty; data.empty=drop leaves such rows out", key=key)
         if (text := plain_text(value)) is None:
             raise DataError(f"{where}: expected text, found {shown(value)}", key=key)
@@ -252,4 +252,4 @@ class Annotations:
 
 
 def _is_nothing(value: Any) -> bool:
-    return is_null(value) or (isinstance(value, str) and not value.strip()) or (as_list(value) == [])
+    return is_empty(value) or as_list(value) == []

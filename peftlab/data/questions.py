@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftlab.data.rows import Rows
-from peftlab.data.values import is_null, plain_text
+from peftlab.data.values import is_empty, is_null, plain_text
 from peftlab.errors import DataError, listed
 
 # Names of the column with answers, in this order, if the recipe names none.
@@ -107,7 +107,7 @@ class Questions:
 
     def _text(self, row: Mapping[str, Any], part: str, where: str) -> str:
         value = row.get(self.column(part))
-        if is_null(value) or (isinstance(value, str) and not value.strip()):
+        if is_empty(value):
             raise DataError(
                 f"{where}: the {part} is empty; fill it in, or set data.empty=drop, which leaves such rows out",
                 key=f"data.columns.{part}",

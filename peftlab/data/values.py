@@ -30,7 +30,8 @@ def is_empty(value: Any) -> bool:
     """Whether a column holds nothing: null, a text of white space (text files have no null), or an empty list."""
     if isinstance(value, str):
         return not value.strip()
-    return is_null(value) or ((isinstance(value, list) or hasattr(value, "tolist")) and not len(value))
+    # An array has a size; a number of NumPy has one too, which is 1.
+    return is_null(value) or (not value if isinstance(value, list) else getattr(value, "size", None) == 0)
 
 
 def plain_text(value: Any) -> str | None:

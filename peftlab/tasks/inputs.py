@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftlab.data import Rows
-from peftlab.data.values import is_null
+from peftlab.data.values import is_empty
 from peftlab.errors import DataError
 
 EMPTY_TEXT, NO_LABEL, NO_IMAGE, NO_MASK, NO_SCORE = (
@@ -23,18 +23,13 @@ def empty_role(role: str) -> str:
     return f"the {'second text' if role == 'pair' else role} is empty"
 
 
-def is_blank(value: Any) -> bool:
-    """Whether a value has no content: null, NaN, or text of white space."""
-    return is_null(value) or (isinstance(value, str) and not value.strip())
-
-
 def blank_values(rows: Rows, columns: Mapping[str, str], *, key: str = "data.columns") -> dict[int, str]:
     """Why rows have no value in one of the columns, by index. Args: columns: column -> the reason. Raises: DataError if there
     is no such column."""
     blank: dict[int, str] = {}
     for column, reason in columns.items():
         blank |= {
-            i: reason for i, value in enumerate(rows.column(column, key=key)) if i not in blank and is_blank(value)
+            i: reason for i, value in enumerate(rows.column(column, key=key)) if i not in blank and is_empty(value)
         }
     return dict(sorted(blank.items()))
 
@@ -50,7 +45,7 @@ def unusable_rows(
     problems: dict[int, str] = {}
     if column is not None:
         values = rows.column(column, key=key)
-        problems = {i: EMPTY_TEXT for i, value in enumerate(values) if is_blank(value)}
+        problems = {i: EMPTY_TEXT for i, value in enumerate(values) if is_empty(value)}
     rest = [i for i in range(len(rows)) if i not in problems]
     try:
         read(rows.select(rest))

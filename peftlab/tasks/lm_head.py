@@ -164,9 +164,10 @@ def _decoder(base: Any) -> nn.Module:
 
 
 def logit_transform(config: Any) -> tuple[float | None, float]:
-    """Soft-cap and scale, under the names in transformers' families: Gemma 2, Cohere, Granite."""
+    """Soft-cap and scale, under the names in transformers' families: Gemma 2, RecurrentGemma, Cohere, Granite."""
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     if divisor := getattr(text, "logits_scaling", None):
         scale /= float(divisor)
-    return getattr(text, "final_logit_softcapping", None), scale
+    softcap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
+    return softcap, scale

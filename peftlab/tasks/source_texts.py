@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from peftlab.data import Rows, Tokens
-from peftlab.data.values import NUMBERS, plain_text
+from peftlab.data.values import NUMBERS, is_empty, plain_text
 from peftlab.errors import DataError, RecipeError, listed
 from peftlab.tasks.base import TaskParts
-from peftlab.tasks.inputs import EMPTY_TEXT, is_blank
+from peftlab.tasks.inputs import EMPTY_TEXT
 
 EMPTY_TARGET = "the target is empty"
 _ROWS = 4096
@@ -251,7 +251,7 @@ def _language_codes(tokenizer: Any) -> list[str]:
 def _text(value: Any, where: str, empty: str, role: str) -> tuple[str, bool]:
     """The text of a value, and whether it is a number."""
     key = f"data.columns.{role}"
-    if is_blank(value):
+    if is_empty(value):
         raise DataError(f"{where}: {empty}; fill it in, or set data.empty=drop, which leaves such rows out", key=key)
     if (written := plain_text(value)) is None:
         raise DataError(f"{where}: expected text, found {value!r}", key=key)

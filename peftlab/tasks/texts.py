@@ -10,9 +10,9 @@ import numpy as np
 
 from peftlab.data import Rows, Tokens, pieces, tokenize
 from peftlab.data.chat_template import Part, Rendered
-from peftlab.data.values import NUMBERS, plain_text
+from peftlab.data.values import NUMBERS, is_empty, plain_text
 from peftlab.errors import DataError
-from peftlab.tasks.inputs import empty_role, is_blank, unusable_rows
+from peftlab.tasks.inputs import empty_role, unusable_rows
 
 _ROWS = 4096
 
@@ -111,7 +111,7 @@ class Texts:
             notes: tuple[str, ...] = ()
             for role, (column, key) in zip(self.roles, self._keys().items(), strict=False):
                 value = row.get(column)
-                if is_blank(value):
+                if is_empty(value):
                     raise DataError(_empty(where, role), key=key)
                 if (written := plain_text(value)) is None:
                     raise DataError(f"{where}: expected text, found {value!r}", key=key)

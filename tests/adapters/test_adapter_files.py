@@ -119,3 +119,18 @@ def test_adapters_of_plain_peft_load_on_quantized_weights(
 ) -> None:
     adapted = brought(tmp_path, base(quantize=quantize), modules_to_save=["lm_head"], save_embedding_layers=True)
     torch.testing.assert_close(logits(load_adapter(base(quantize=quantize), tmp_path).eval()), logits(adapted))
+
+
+def test_adapter_that_peft_does_not_read_in_full_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a family whose old checkpoints have other names, which PEFT gives to the tensors of its adapters."""
+    import peft.utils.transformers_weight_conversion as conversion
+
+    save_adapter(moved(inject(base(), "lora", targets=["q_proj"], peft_type="CAUSAL_LM")), tmp_path / "a")
+    load_adapter(base(), tmp_path / "a")
+
+    def renamed(*, adapter_state_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return {name.replace("layers.1", "layers..1"): value for name, value in adapter_state_dict.items()}
+
+    monkeypatch.setattr(conversion, "convert_peft_adapter_state_dict_for_transformers", renamed)
+    with pytest.raises(ArtifactError, match=r"without 2 of its tensors, such as .*layers\.1\."):
+        load_adapter(base(), tmp_path / "a")

@@ -167,7 +167,7 @@ def test_two_texts_need_an_end_where_an_encoder_decoder_reads(tokenizer_of: Call
     from tokenizers.processors import TemplateProcessing
     from transformers import T5Config
 
-    from peftlab.assembly.model_findings import check_family
+    from peftlab.assembly.families import check_family
     from peftlab.specs.tasks import spec_of
 
     tokenizer, spec = tokenizer_of("tiny:bert"), spec_of("seq_cls", ("score", "pair"))
@@ -176,3 +176,84 @@ def test_two_texts_need_an_end_where_an_encoder_decoder_reads(tokenizer_of: Call
     check_family(T5Config(), tokenizer, spec)
     with pytest.raises(RecipeError, match="which the tokenizer does not write after two texts"):
         check_family(T5Config(), tokenizer, spec, pairs=True)
+
+
+def test_check_refuses_layers_whose_adapter_peft_renames(folder: Callable[..., None]) -> None:
+    from transformers import LagunaConfig
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = LagunaConfig(
+        vocab_size=260, num_hidden_layers=2, **sizes, **experts, shared_expert_intermediate_size=32, eos_token_id=2
+    )
+    folder(config, "AutoModelForCausalLM")
+    with pytest.raises(
+        RecipeError, match=r"PEFT renames 6 tensors.* 'model\.layers\.1\.mlp\.shared_experts\.down_proj'"
+    ):
+        peftlab.check(recipe("causal_lm"), progress=SilentProgress())
+    assert peftlab.check(recipe("causal_lm", targets=["q_proj", "v_proj"]), progress=SilentProgress())["ok"]
+
+
+def test_layer_that_is_one_weight_with_another_is_refused() -> None:
+    import torch
+    from transformers import NeoMMEConfig, NeoMMEForMaskedLM
+
+    from peftlab.assembly.families import check_layers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        model = NeoMMEForMaskedLM(NeoMMEConfig(vocab_size=260, num_hidden_layers=2, head_dim=16, **sizes))
+    check_layers(model, ["model.layers.0.mlp.up_proj"])
+    with pytest.raises(RecipeError, match=r"embedding_projection and unembedding_projection of neomme are one weight"):
+        check_layers(model, ["model.embed_tokens.embedding_projection"])
+
+
+def encoder_decoder(start: int) -> Any:
+    from transformers import BertConfig, EncoderDecoderConfig
+
+    sizes = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    encoder, decoder = BertConfig(**sizes), BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    encoder.initializer_range = decoder.initializer_range = 0.2
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = start, 0, 2
+    return config
+
+
+def translation() -> dict[str, Any]:
+    document = recipe("seq2seq")
+    document["data"] = {"train": "rows.jsonl", "columns": {"source": "text", "target": "label"}}
+    return {**document, "train": {"max_steps": 2, "lr": 0.01}, "eval": {"before": False, "metrics": ["loss"]}}
+
+
+def test_start_that_an_encoder_decoder_masks_is_refused(folder: Callable[..., None]) -> None:
+    folder(encoder_decoder(start=0), "AutoModelForSeq2SeqLM")
+    with pytest.raises(RecipeError, match="decoder_start_token_id is its padding token"):
+        peftlab.check(translation(), progress=SilentProgress())
+
+
+def test_two_models_as_encoder_and_decoder_are_merged(folder: Callable[..., None]) -> None:
+    """The head is tied to the embeddings of the decoder, and those of the model are the encoder's."""
+    folder(encoder_decoder(start=1), "AutoModelForSeq2SeqLM")
+    peftlab.train(translation(), progress=SilentProgress())
+    assert peftlab.merge("run", progress=SilentProgress())["verified"]
+
+
+def test_check_refuses_a_model_that_ignores_the_attention_mask(folder: Callable[..., None]) -> None:
+    from transformers import CpmAntConfig
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 64, "num_hidden_layers": 1}
+    folder(CpmAntConfig(vocab_size=260, **sizes), "AutoModelForCausalLM")
+    with pytest.raises(RecipeError, match="cpmant finds the padding"):
+        peftlab.check(recipe("causal_lm"), progress=SilentProgress())

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from peftlab.data import Rows
 from peftlab.errors import DataError
-from peftlab.tasks.inputs import blank_values, cut_note, is_blank, unusable_rows
+from peftlab.tasks.inputs import blank_values, cut_note, unusable_rows
 
 
 def read(rows: Rows) -> None:
     for i, value in enumerate(rows.column("n")):
         if value < 0:
             raise DataError(f"{rows.where(i)}: {value} is negative")
-
-
-def test_is_blank_is_no_content() -> None:
-    assert [is_blank(v) for v in (None, math.nan, "", " \n\t")] == [True] * 4
-    assert [is_blank(v) for v in (0, False, "x", [], 0.0)] == [False] * 5
 
 
 def test_unusable_rows_are_blank_or_unreadable() -> None:

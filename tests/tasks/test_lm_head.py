@@ -40,12 +40,15 @@ def small(family: str, *, seed: int, **options: Any) -> Any:
         GraniteForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
+        RecurrentGemmaConfig,
+        RecurrentGemmaForCausalLM,
     )
 
     kinds: dict[str, Any] = {
         "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 2.0}),
         "cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.5}),
         "granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 4.0}),
+        "recurrent_gemma": (RecurrentGemmaForCausalLM, RecurrentGemmaConfig, {"logits_soft_cap": 2.0}),
         "llama": (LlamaForCausalLM, LlamaConfig, {}),
     }
     model, config, own = kinds[family]
@@ -111,6 +114,16 @@ def test_head_without_soft_cap_or_scale_is_caught(monkeypatch: pytest.MonkeyPatc
         step_loss(own, taught, goal, of_the_head)
     monkeypatch.setattr(LMHead, "_verify", lambda *_: None)
     assert (step_loss(own, taught, goal, of_the_head) - want).abs() > 0.05 * want
+
+
+def test_soft_cap_of_recurrent_gemma_has_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (inputs, _) = small("recurrent_gemma", seed=0), batch()
+    model.lm_head.weight.data *= 30  # so that the cap is felt
+    want = of_the_model(model, inputs)
+    torch.testing.assert_close(of_the_head(model, inputs), want, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(lm_head, "logit_transform", lambda config: (None, 1.0))
+    with pytest.raises(RecipeError, match="differ from the model's own"):
+        of_the_head(model, inputs)
 
 
 def test_head_with_an_adapter_uses_it() -> None:
