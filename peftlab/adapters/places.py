@@ -19,13 +19,12 @@ from peftlab.adapters.target_modules import (
     match_ending,
 )
 from peftlab.errors import PeftlabError, RecipeError
+from peftlab.specs.heads import head_modules
 from peftlab.specs.methods import METHODS, TARGET_NAMES
 
 # PEFT's task type of a sequence classifier: it trains modules with these endings in full.
 _CLASSIFIER = "SEQ_CLS"
 _CLASSIFIER_HEADS = ("classifier", "score")
-# The head of T5ForQuestionAnswering (transformers 5.23), which is its own body.
-_LOOSE_HEAD = "qa_outputs"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -324,16 +323,6 @@ def _is_inside(name: str, endings: Sequence[str]) -> bool:
     parts = name.split(".")
     around = [".".join(parts[:count]) for count in range(1, len(parts))]
     return name in endings or any(above.endswith(ending) for above in around for ending in endings)
-
-
-def head_modules(model: Any) -> list[str]:
-    """Names of the modules with weights outside the body of a transformers model, and of the head in a body of timm."""
-    body: Any = model.base_model
-    if hasattr(body, "get_classifier"):
-        head = body.get_classifier()
-        return [n for n, module in model.named_modules() if module is head and any(True for _ in module.parameters())]
-    children = [(n, child) for n, child in model.named_children() if any(True for _ in child.parameters())]
-    return [n for n, child in children if (n == _LOOSE_HEAD if body is model else child is not body)]
 
 
 def _inside(modules: Sequence[str]) -> str | None:

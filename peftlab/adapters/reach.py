@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from peftlab.adapters.places import head_modules, idle_towers
+from peftlab.adapters.places import idle_towers
 from peftlab.adapters.target_modules import is_adaptable, is_grouped, is_linear
+from peftlab.specs.heads import head_modules
 
 # Share of the weights in layers from which on the adapter does not miss the point of the model.
 _ENOUGH = 0.5

@@ -9,6 +9,7 @@ from peftlab.errors import RecipeError
 from peftlab.models.load_errors import load_errors, quiet
 from peftlab.models.pretrained import Pretrained
 from peftlab.models.tiny import tiny_config
+from peftlab.specs.heads import head_modules
 
 
 def load_config(pretrained: Pretrained, **kwargs: Any) -> Any:
@@ -73,9 +74,10 @@ def linear_widths(skeleton: Any) -> list[int]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    widths = {m.in_features for m in skeleton.base_model.modules() if isinstance(m, nn.Linear)}
-    widths |= {m.nx for m in skeleton.base_model.modules() if isinstance(m, Conv1D)}
-    return sorted(widths)
+    heads = [skeleton.get_submodule(name) for name in head_modules(skeleton)]
+    body = [m for m in skeleton.base_model.modules() if not any(m is head for head in heads)]
+    widths = {m.in_features for m in body if isinstance(m, nn.Linear)}
+    return sorted(widths | {m.nx for m in body if isinstance(m, Conv1D)})
 
 
 def end_ids(pretrained: Pretrained, tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -14,11 +14,10 @@ from peftlab.models.load_errors import load_errors, quiet
 from peftlab.models.presets import build_preset
 from peftlab.models.pretrained import Pretrained
 from peftlab.models.tiny import tiny_config
+from peftlab.specs.heads import head_modules
 
 # Output layers stay in full precision: they have few parameters and the loss is most sensitive to them.
 _NOT_QUANTIZED = ["lm_head", "embed_out", "classifier", "score", "pooler.dense"]
-# The head of T5ForQuestionAnswering (transformers 5.23), which is its own body.
-_LOOSE_HEAD = "qa_outputs"
 # Layers whose input the family casts to the dtype of their weight, by type of model; quantized ones have none that fits.
 _CAST_TO = {"longt5": ["wo"], "switch_transformers": ["wo"]}
 _NEW = "new_weights"  # the attribute of a loaded model that names its new parameters
@@ -64,7 +63,7 @@ def load_model(
         kwargs["device_map"] = {"": device}
     elif quantize != "none":
         skeleton = load_skeleton(pretrained, auto_class=auto_class, **model_kwargs)
-        kept = [*_NOT_QUANTIZED, *_outside_body(skeleton), *_CAST_TO.get(skeleton.config.model_type, ())]
+        kept = [*_NOT_QUANTIZED, *head_modules(skeleton), *_CAST_TO.get(skeleton.config.model_type, ())]
         kwargs["quantization_config"] = _quantization(quantize, double_quant, compute, kept)
         kwargs["device_map"] = {"": device}
     auto = getattr(transformers, auto_class)
@@ -124,7 +123,7 @@ def _new_weights(
     """The names for ``new_weights``. Raises: ArtifactError if they belong to the body, RecipeError for a head with ``whole``."""
     sizes = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in loading["mismatched_keys"]}
     new = (set(loading["missing_keys"]) & set(model.state_dict())) | set(sizes)
-    heads = tuple(f"{name}." for name in _outside_body(model))
+    heads = tuple(f"{name}." for name in head_modules(model))
     is_base = model.base_model is model and not heads
     absent = sorted(new - set(brought))
     if whole and absent and not is_base:
@@ -179,12 +178,6 @@ def _dequantized(model: Any, dtype: Any) -> Any:
     kept = [c for c in conversions if not any("Bnb" in type(op).__name__ for op in getattr(c, "operations", ()))]
     model._weight_conversions = kept or None
     return model
-
-
-def _outside_body(model: Any) -> list[str]:
-    """Names of the modules outside the body of a model, such as its head."""
-    body = model.base_model
-    return [n for n, child in model.named_children() if (n == _LOOSE_HEAD if body is model else child is not body)]
 
 
 def _keep_storage_layout(model: Any, compute_dtype: Any) -> None:

@@ -18,7 +18,7 @@ _NO_SUCH_HEAD = re.compile(
     r"Unrecognized configuration class <class '.*\.(\w+)Config'> for this kind of AutoModel: (\w+)"
 )
 # transformers passes the model_args of a config of timm on beside its own.
-_TWICE = re.compile(r"timm_model\w* got multiple values for keyword argument ('\w+')")
+_TWICE = re.compile(r"timm_model\w*\(\) got multiple values for keyword argument ('\w+')")
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from torch import nn
 
 from peftlab.adapters import idle_towers, inject, new_modules, planned_modules, reach_notes
 from peftlab.adapters.merge import fold
-from peftlab.adapters.places import head_modules
 from peftlab.errors import RecipeError
+from peftlab.specs.heads import head_modules
 from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, make_model
 
 PEFT_TYPES = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS", "image_cls": None}
@@ -135,3 +135,26 @@ def test_blocks_that_the_recipe_leaves_out_are_no_news() -> None:
     assert reach_notes(model, planned, targets="all-linear", quantized=False, everywhere=every) == []
     (note,) = reach_notes(model, planned, targets="all-linear", quantized=False, everywhere=every[1:])
     assert note.startswith("all-linear leaves out q_proj x1")
+
+
+def test_head_in_a_body_of_timm_is_a_head() -> None:
+    """transformers' wrapper of timm has one child, the model with its head, which timm names itself."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv_stem, self.classifier = nn.Conv2d(3, 8, 3), nn.Linear(8, 2)
+
+        def get_classifier(self) -> nn.Module:
+            return self.classifier
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.timm_model = Body()
+
+        @property
+        def base_model(self) -> nn.Module:
+            return self.timm_model
+
+    assert head_modules(Wrapper()) == ["timm_model.classifier"]

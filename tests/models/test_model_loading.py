@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from peftlab.adapters.fused import set_kernels
+from peftlab.errors import RecipeError
 from peftlab.models import find_pretrained, load_tokenizer, model_max_length, resolve_dtype, tokenizer_fingerprint
 from peftlab.models import load as load_module
+from peftlab.models.load_errors import load_errors
 from tests.processes import Processes
 
 IDS = torch.tensor([[5, 9, 33, 100, 7, 8]])
@@ -150,3 +152,14 @@ def test_padding_adds_no_vocabulary(tmp_path: Path, tokenizer_of: Callable[[str]
     loaded = load_tokenizer(Pretrained(ModelSource("folder", "x", str(tmp_path)), str(tmp_path), None, False))
     assert loaded.pad_token == "<|pad|>"
     assert len(loaded) == len(tokenizer)
+
+
+def test_config_of_timm_that_repeats_an_argument_is_named() -> None:
+    message = "_create_timm_model_with_error_handling() got multiple values for keyword argument 'num_classes'"
+    with (
+        pytest.raises(RecipeError, match=r"model_args in its config\.json repeats 'num_classes'; remove it there"),
+        load_errors(find_pretrained("tiny:vit"), "model"),
+    ):
+        raise TypeError(message)
+    with pytest.raises(TypeError, match="other"), load_errors(find_pretrained("tiny:vit"), "model"):
+        raise TypeError("other")
