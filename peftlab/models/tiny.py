@@ -40,7 +40,7 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
     layers, hidden 64, tied head), ``tiny:vit`` (2 layers, hidden 128, images of 8 x 8 pixels and one channel, in one
     patch), ``tiny:yolos`` (4 layers, hidden 96, images of 64 x 64 pixels in 64 patches, 10 queries), ``tiny:detr`` (a
     Deformable DETR on a small ResNet, images of 64 x 64 pixels, 12 queries) or ``tiny:segformer`` (4 stages of one layer, 16 to
-    64 wide, images of 64 x 64 pixels, logits of 32 x 32)."""
+    64 wide, images of 64 x 64 pixels, logits of 16 x 16)."""
     from transformers import (
         BertConfig,
         DeformableDetrConfig,
@@ -131,7 +131,7 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
             "hidden_sizes": [16, 32, 48, 64],
             "num_attention_heads": [1, 2, 3, 4],
             "mlp_ratios": [2, 2, 2, 2],
-            "strides": [2, 2, 2, 2],
+            "strides": [4, 2, 2, 2],
             "decoder_hidden_size": 64,
             "classifier_dropout_prob": 0.0,
             "drop_path_rate": 0.0,
