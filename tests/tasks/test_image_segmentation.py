@@ -351,6 +351,21 @@ def test_teacher_with_another_processor_sees_the_same_pixels(tmp_path: Path, mon
         distill(recipe(tmp_path, **changed, distill=options, run={"dir": "other"}), progress=SilentProgress())
 
 
+def test_masks_do_not_overwrite_files(tmp_path: Path) -> None:
+    from peftlab.cli.prediction_files import check_folder
+
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(RecipeError, match="the folder has files; overwrite those of the same name with --replace"):
+        check_folder(str(tmp_path), replace=False)
+    with pytest.raises(RecipeError, match="expected a folder, found a file"):
+        check_folder(str(tmp_path / "a.png"), replace=True)
+    check_folder(str(tmp_path), replace=True)
+    check_folder(str(tmp_path / "new"), replace=False)
+    document = {"task": "image_cls", "model": {"name": "tiny:vit"}, "data": {"train": "sklearn:digits"}}
+    with pytest.raises(RecipeError, match="task: image_cls gives the pixels of an image no classes"):
+        list(predict("tiny:vit", ["one.png"], recipe=document, masks=tmp_path, progress=SilentProgress()))
+
+
 def test_shares_of_pixels_are_printed() -> None:
     from peftlab.cli.answers import answer_line, has_no_result, whole_answer
 
