@@ -18,6 +18,7 @@ from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
 from tests import text_baselines
 from tests.masked_examples import write_bert
+from tests.shape_baseline import mask_baselines
 
 TINY = {
     "causal_lm": "tiny:llama",
@@ -195,6 +196,18 @@ def test_news_entities_beat_a_list_of_entities(tmp_path: Path) -> None:
     assert isinstance(after, dict)
     assert after["entity_f1"] >= max(0.57, baseline()["f1"] + 0.03)
     assert seconds <= 400
+
+
+@pytest.mark.slow
+def test_shape_masks_beat_a_colour_threshold(tmp_path: Path) -> None:
+    summary, seconds, _ = _measured("shape-masks", tmp_path)
+    data, after = load_recipe("shape-masks").recipe.data, summary["after"]
+    assert isinstance(after, dict) and data.eval is not None
+    without = mask_baselines(load_rows(data.train), load_rows(data.eval))
+    assert without["ground"] == pytest.approx(0.221, abs=0.001)
+    assert without["threshold"] == pytest.approx(0.353, abs=0.001)
+    assert after["iou_macro"] >= 0.8 > 2 * without["threshold"]
+    assert seconds <= 600
 
 
 @pytest.mark.slow

@@ -111,7 +111,8 @@ def check(
 def _estimate(assembly: Assembly, skeleton: Any, train: Ledger) -> dict[str, Any] | None:
     """Steps, tokens and time; None if no rows remain, rows are refused, or the student will write the rows."""
     recipe, lengths, limit = assembly.recipe, train.lengths, assembly.limit
-    if recipe.distill is not None and (recipe.distill.on_policy is not None or recipe.distill.answers == "teacher"):
+    writes = recipe.distill is not None and recipe.distill.answers == "teacher" and recipe.spec.generates
+    if writes or (recipe.distill is not None and recipe.distill.on_policy is not None):
         return None
     if not len(lengths) or any(reason.startswith("refused") for reason in train.left_out):
         return None

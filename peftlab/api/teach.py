@@ -46,17 +46,17 @@ def teach(
         for line in loaded.notes:
             progress.note(line)
         assembly = Assembly(loaded, transfer=True)
+        if assembly.distill.answers == "teacher":
+            raise RecipeError(
+                "the teacher first writes the answers that the student learns from; run peftlab distill, which does both",
+                key="distill.answers",
+            )
         if assembly.distill.cache is None:
             raise RecipeError("expected a folder for the targets, such as caches/mine", key="distill.cache")
         if assembly.distill.on_policy is not None:
             raise RecipeError(
                 "on-policy distillation has no cache to prepare; run peftlab distill",
                 key="distill.on_policy",
-            )
-        if assembly.distill.answers == "teacher":
-            raise RecipeError(
-                "the teacher first writes the answers that the cache is for; run peftlab distill, which does both",
-                key="distill.answers",
             )
         check_settings(assembly)
         progress.stage("reading data")

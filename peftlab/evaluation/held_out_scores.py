@@ -16,6 +16,9 @@ from peftlab.evaluation.squad_scores import scores_by_row
 from peftlab.measuring.intervals import Estimate, bootstrap
 from peftlab.specs.task_spec import TaskSpec
 
+# Each draws a precision at every recall of every class: a thousand would take minutes.
+_DRAWS_OF_BOXES = 200
+
 
 class HeldOutScores:
     """Streamed scores of one model, depending on what its task predicts.
@@ -30,7 +33,8 @@ class HeldOutScores:
         self._of_class = (headline, *class_metrics(class_names, spec).get(headline, ("", -1)))
         self._vectors = EmbeddingComparison() if spec.predicts == "vectors" else None
         self._numbers = np.zeros((2, num_rows)) if spec.predicts == "numbers" else None
-        own = self._vectors is not None or self._numbers is not None
+        self._objects: dict[int, tuple[Any, Any]] | None = {} if spec.predicts == "boxes" else None
+        own = self._vectors is not None or self._numbers is not None or self._objects is not None
         tags = class_names if spec.marks_entities else None
         self._logits = None if own else Comparison(num_rows, predicts=spec.predicts, tags=tags)
         self._chosen: dict[int, tuple[int, int]] = {}
@@ -56,6 +60,12 @@ class HeldOutScores:
         self._any = True
         self._numbers[:, list(rows)] = [predicted, right]
 
+    def add_objects(self, rows: Sequence[int], found: Sequence[Any], objects: Sequence[Any]) -> None:
+        """What is found and right in the image of each row, as ``box_matches`` takes it."""
+        assert self._objects is not None
+        self._any = True
+        self._objects |= zip(rows, zip(found, objects, strict=True), strict=True)
+
     def add_choices(self, rows: Sequence[int], predictions: Sequence[int], references: Sequence[int]) -> None:
         """Answers chosen among eval.choices, one per row, as class indices."""
         for row, predicted, right in zip(rows, predictions, references, strict=True):
@@ -79,6 +89,12 @@ class HeldOutScores:
         if self._numbers is not None:
             numbers = dict(zip(("predicted_numbers", "true_numbers"), self._numbers, strict=True))
             return bootstrap(row_statistics(numbers), self._num_rows, shares=SHARES)
+        if self._objects is not None:
+            images = [self._objects[row] for row in range(self._num_rows)]
+            boxes: dict[str, Any] = {
+                name: [image[i] for image in images] for i, name in enumerate(("found", "objects"))
+            }
+            return bootstrap(row_statistics(boxes), self._num_rows, shares=SHARES, num_draws=_DRAWS_OF_BOXES)
         assert self._logits is not None
         columns = self._logits.columns()
         if self._chosen:

@@ -21,6 +21,7 @@ from peftlab.assembly.witness import WITNESS_NAME
 from peftlab.errors import Interrupted
 from peftlab.experiments.card_figures import compare_students, no_baseline
 from peftlab.experiments.distill_checks import check_models
+from peftlab.experiments.found_objects import found_examples
 from peftlab.experiments.linking import link_file
 from peftlab.experiments.phases import phase_notes, train_in_phases
 from peftlab.experiments.student import cut_student
@@ -187,7 +188,8 @@ class Distillation:
                 assembly,
                 arm.folder,
                 self._progress,
-                make_loss=None if teachers is None else teachers.loss,
+                # Boxes that the teacher found are labels like those of the data.
+                make_loss=teachers.loss if teachers is not None and assembly.spec.compares_outputs else None,
                 phase=None if taught is None else Phase(taught.rows, taught.train),
                 checkpoint=checkpoints[-1] if checkpoints else None,
                 replace=not checkpoints,
@@ -200,7 +202,8 @@ class Distillation:
         """The training rows with the teacher's answers; None if the student learns from those of the data."""
         if student.distill.answers == "data":
             return None
-        return answered_examples(student, self._folder / ANSWERS, self._progress)
+        answer = answered_examples if student.spec.generates else found_examples
+        return answer(student, self._folder / ANSWERS, self._progress)
 
     def _merge(self, arm: Arm, assembly: Assembly) -> None:
         """Merges the adapter of a training into a plain model, unless that is already done."""

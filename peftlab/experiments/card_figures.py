@@ -17,7 +17,7 @@ from peftlab.evaluation.held_out_scores import HeldOutScores
 from peftlab.measuring.latency import measure_latency
 from peftlab.measuring.memory import release_memory
 from peftlab.models import num_parameters
-from peftlab.tasks import Generates
+from peftlab.tasks import Batch, Generates
 from peftlab.tasks.outputs import numbers_of
 from peftlab.teaching.teachers import Teachers
 from peftlab.training.distill_loss import TaughtLogits
@@ -77,7 +77,8 @@ class _Comparer:
         self._task, self._encoded, self._device = student.task, student.held_out, student.device
         encoded, rows = self._encoded, student.data.eval
         # Classes of different vocabularies cannot be compared one by one.
-        self._shares = [] if teachers.translated() else teachers.shares(self._task, None, rows, encoded)
+        together = student.spec.compares_outputs and not teachers.translated()
+        self._shares = teachers.shares(self._task, None, rows, encoded) if together else []
         self._columns = teachers.columns()
         self._index = {row: i for i, row in enumerate(dict.fromkeys(e.row for e in encoded.examples))}
         room = max(1, student.recipe.eval.batch_tokens // int(encoded.lengths.max()))
@@ -124,6 +125,9 @@ class _Comparer:
         first = next(iter(models.values()))
         for part in eval_batches(self._encoded.lengths, self._student.recipe.eval.batch_tokens):
             batch = self._task.collate([self._encoded.examples[i] for i in part], self._device)
+            if self._task.spec.predicts == "boxes":
+                self._score_boxes(models, scores, batch)
+                continue
             outputs = {who: self._task.outputs(model, batch) for who, model in models.items()}
             counts = next(iter(outputs.values())).counts
             where = torch.tensor([self._index[e.row] for e in batch.examples]).repeat_interleave(torch.tensor(counts))
@@ -167,6 +171,15 @@ class _Comparer:
                     columns = self._task.score(model, batch)
                     found = [{**answer, "row": self._index[answer["row"]]} for answer in columns["found_answers"]]
                     scores[who].add_answers(found, columns["right_answers"])
+
+    def _score_boxes(self, models: Mapping[str, Any], scores: Mapping[str, HeldOutScores], batch: Batch) -> None:
+        rows = [self._index[e.row] for e in batch.examples]
+        columns = {who: self._task.score(model, batch) for who, model in models.items()}
+        objects = columns["student"]["objects"]
+        found = {who: of_one["found"] for who, of_one in columns.items()}
+        found["teacher"] = self._teachers.found_objects(batch.examples, self._task.class_names or [])
+        for who, boxes in found.items():
+            scores[who].add_objects(rows, boxes, objects)
 
     def _run(self, model: Any) -> Callable[[], object]:
         batch = self._task.collate(self._timed, self._device)

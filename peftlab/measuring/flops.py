@@ -72,6 +72,10 @@ def attention_width(config: Any) -> int:
     """Returns W summed over the attention layers of a transformers config; 0 if unknown."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0) or 0
+    if not isinstance(
+        heads, int
+    ):  # one number per stage, as in SegFormer, whose stages see different numbers of positions
+        return 0
     head = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", 0) // heads if heads else 0)
     return int((getattr(text, "num_hidden_layers", 0) or 0) * heads * head)
 

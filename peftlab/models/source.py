@@ -14,7 +14,7 @@ from peftlab.models.presets import PREFIX as SHAPE_PREFIX
 from peftlab.models.presets import check_preset, preset_fingerprint
 from peftlab.paths import PACKAGE_PREFIX, package_path
 
-TINY = ("tiny:llama", "tiny:bert", "tiny:t5", "tiny:vit", "tiny:yolos", "tiny:detr", "tiny:segformer")
+TINY = ("tiny:llama", "tiny:bert", "tiny:t5", "tiny:vit", "tiny:yolos", "tiny:detr", "tiny:segformer", "tiny:upernet")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

@@ -39,8 +39,9 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
     """Config of ``tiny:llama`` (2 layers, hidden 64, tied head), ``tiny:bert`` (2 layers, hidden 64), ``tiny:t5`` (2 + 2
     layers, hidden 64, tied head), ``tiny:vit`` (2 layers, hidden 128, images of 8 x 8 pixels and one channel, in one
     patch), ``tiny:yolos`` (4 layers, hidden 96, images of 64 x 64 pixels in 64 patches, 10 queries), ``tiny:detr`` (a
-    Deformable DETR on a small ResNet, images of 64 x 64 pixels, 12 queries) or ``tiny:segformer`` (4 stages of one layer, 16 to
-    64 wide, images of 64 x 64 pixels, logits of 32 x 32)."""
+    Deformable DETR on a small ResNet, images of 64 x 64 pixels, 12 queries), ``tiny:segformer`` (4 stages of one layer, 16 to
+    64 wide, images of 64 x 64 pixels, logits of 16 x 16) or ``tiny:upernet`` (a UPerNet on a small ResNet, images of 64 x 64
+    pixels)."""
     from transformers import (
         BertConfig,
         DeformableDetrConfig,
@@ -48,6 +49,7 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
         ResNetConfig,
         SegformerConfig,
         T5Config,
+        UperNetConfig,
         ViTConfig,
         YolosConfig,
     )
@@ -131,12 +133,29 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
             "hidden_sizes": [16, 32, 48, 64],
             "num_attention_heads": [1, 2, 3, 4],
             "mlp_ratios": [2, 2, 2, 2],
-            "strides": [2, 2, 2, 2],
+            "strides": [4, 2, 2, 2],
             "decoder_hidden_size": 64,
             "classifier_dropout_prob": 0.0,
             "drop_path_rate": 0.0,
         }
         return SegformerConfig(**sizes, **kwargs)
+
+    if name == "tiny:upernet":
+        # With a SegFormer of this size, circles, squares and triangles are one class for four times as many steps.
+        backbone: dict[str, Any] = {
+            "embedding_size": 24,
+            "hidden_sizes": [24, 32, 48],
+            "depths": [1, 1, 1],
+            "layer_type": "basic",
+            "out_features": ["stage1", "stage2", "stage3"],
+        }
+        layout: dict[str, Any] = {
+            "image_size": 64,
+            "hidden_size": 32,
+            "pool_scales": [2, 4],
+            "use_auxiliary_head": False,
+        }
+        return UperNetConfig(backbone_config=ResNetConfig(**backbone), **layout, **kwargs)
 
     shared: dict[str, Any] = {
         "vocab_size": 260,

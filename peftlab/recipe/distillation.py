@@ -195,7 +195,8 @@ class DistillSection(Section):
     answers: Literal["data", "teacher"] = Field(
         "data",
         description="whose answers the student learns from; teacher: the teacher writes them before the training, greedily, "
-        "and they stand in place of those of the data (sequence distillation; causal_lm, seq2seq)",
+        "and they stand in place of those of the data (sequence distillation; causal_lm, seq2seq); of object_detection the boxes "
+        "that it finds with a score of eval.min_score",
     )
     share: float = Field(
         0.5,

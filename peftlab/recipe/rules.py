@@ -216,12 +216,18 @@ def balance_knows_the_classes(recipe: Recipe) -> Problems:
         yield ("data.balance",), "has no effect with distill.transfer, whose rows are trained on; remove it"
 
 
-def task_can_be_distilled(recipe: Recipe) -> Problems:
-    if recipe.distill is not None and not recipe.spec.distills:
+def boxes_are_not_compared(recipe: Recipe) -> Problems:
+    distill = recipe.distill
+    if distill is None or recipe.spec.compares_outputs:
+        return
+    if distill.answers != "teacher":
         yield (
             ("distill",),
-            f"task: {recipe.task} has no distillation: no order relates the boxes of two models; remove it",
+            f"task: {recipe.task} does not compare the outputs of two models: no order relates their boxes, not even if the student "
+            "is cut from the teacher; set distill.answers: teacher, and the student learns from the boxes that the teacher finds",
         )
+    reason = "with answers: teacher, whose boxes are the labels of the student"
+    yield from _no_effect(recipe, ["distill.losses", "distill.cache"], reason)
 
 
 def adapters_keep_statistics(recipe: Recipe) -> Problems:
@@ -427,7 +433,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     objective_fits_the_columns,
     label_names_name_a_column,
     balance_knows_the_classes,
-    task_can_be_distilled,
+    boxes_are_not_compared,
     adapters_keep_statistics,
     changed_images_are_not_cached,
     only_plain_text_is_split,

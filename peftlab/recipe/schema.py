@@ -36,8 +36,8 @@ else:
 class ModelSection(Section):
     name: str = Field(
         description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:t5 | tiny:vit | "
-        "tiny:yolos | tiny:detr | tiny:segformer, or shape:NAME (random weights of a known size, such as shape:llama-3-8b, for "
-        "benchmarks)"
+        "tiny:yolos | tiny:detr | tiny:segformer | tiny:upernet, or shape:NAME (random weights of a known size, such as "
+        "shape:llama-3-8b, for benchmarks)"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
     adapter: str | None = Field(

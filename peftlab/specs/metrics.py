@@ -80,6 +80,7 @@ _LABEL_SETS = {"predictions": "predicted_labels", "references": "true_labels"}
 _RANKS = {"predictions": "predicted_ranks", "references": "true_ranks"}
 _NUMBERS = {"predictions": "predicted_numbers", "references": "true_numbers"}
 _PIXELS = {"right": "pixels_right", "predicted": "pixels_predicted", "true": "pixels_true"}
+_OBJECTS = {"predictions": "found", "references": "objects"}
 
 # The columns of a comparison on held-out rows, by the task's prediction; see ``MetricSpec.rows``.
 _POSITIONS = frozenset({"positions", "nll", "agree", "kl"})
@@ -90,7 +91,7 @@ ROWS: dict[str, frozenset[str]] = {
     "spans": _POSITIONS,
     "vectors": frozenset({"vectors"}),
     "numbers": frozenset({"predicted_numbers", "true_numbers"}),
-    "boxes": frozenset(),
+    "boxes": frozenset(_OBJECTS.values()),
     "pixels": _POSITIONS | {"pixels_right", "pixels_predicted", "pixels_true"},
 }
 # Additional columns of texts that the model writes.
@@ -304,15 +305,19 @@ METRICS: dict[str, MetricSpec] = {
         ),
         _share(
             "map",
-            needs={"predictions": "found", "references": "objects"},
-            on_card=False,
+            needs=_OBJECTS,
+            rows=tuple(_OBJECTS.values()),
+            kept_as="share",
+            on_short_card=True,
             label="mAP",
             note="average precision over classes and the overlaps 0.5 to 0.95 (COCO)",
         ),
         _share(
             "map_50",
-            needs={"predictions": "found", "references": "objects"},
-            on_card=False,
+            needs=_OBJECTS,
+            rows=tuple(_OBJECTS.values()),
+            kept_as="share",
+            on_short_card=True,
             label="mAP at 0.5",
             note="average precision over classes, of boxes that overlap by half",
         ),
@@ -409,6 +414,8 @@ CARD_ORDER = (
     "entity_precision",
     "entity_recall",
     "accuracy",
+    "map",
+    "map_50",
     "iou_macro",
     "pixel_accuracy",
     "f1_macro",

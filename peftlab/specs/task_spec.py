@@ -46,7 +46,7 @@ class TaskSpec:
         finds_settings: whether the training rows or the trained model give it settings that a run keeps (it then implements
             ``tasks.FindsSettings``).
         one_output_per_class: whether each class is a scored position of its own, so that a teacher needs the same order.
-        learns_from_labels: False if it can only learn from a teacher. distills: False if it cannot learn from one.
+        learns_from_labels: False if it can only learn from a teacher.
         generates: whether it writes text (it then implements ``tasks.Generates``). chats: whether it also answers
             conversations (``tasks.Chats``). redraws: whether its examples change on each pass (``tasks.Redraws``).
         reads_source: whether a row has a source, which an encoder reads, and a target, which a decoder writes.
@@ -80,7 +80,6 @@ class TaskSpec:
     finds_settings: bool = False
     one_output_per_class: bool = False
     learns_from_labels: bool = True
-    distills: bool = True
     generates: bool = False
     chats: bool = False
     reads_source: bool = False
@@ -119,6 +118,11 @@ class TaskSpec:
     def what(self) -> str:
         """``task: NAME``, with the role that chooses a variant."""
         return f"task: {self.name}" + (f" with data.columns.{self.chosen_by[0]}" if self.chosen_by else "")
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether the outputs of two models can be compared one by one; if not, a student learns from a teacher's answers."""
+        return self.predicts != "boxes"
 
     @property
     def names_classes(self) -> bool:

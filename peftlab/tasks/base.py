@@ -268,7 +268,9 @@ class Gathers(Task, Protocol):
 
 
 class FindsObjects(Task, Protocol):
-    """A task that finds objects in images (``spec.predicts`` is ``boxes``)."""
+    """A task that finds objects in images (``spec.predicts`` is ``boxes``). ``most_objects``: in one image."""
+
+    most_objects: int
 
     def image_of(self, rows: Rows) -> Any:
         """The ``PIL.Image`` of the first of ``rows``, for a picture."""

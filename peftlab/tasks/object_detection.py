@@ -258,6 +258,11 @@ class ObjectDetection:
             scores, classes, corners = (part.double().cpu().numpy() for part in found)
             yield scores, classes, corners
 
+    @property
+    def most_objects(self) -> int:
+        """The most objects that the model finds in an image."""
+        return self._loss.num_queries
+
     def image_of(self, rows: Rows) -> Any:
         """The ``PIL.Image`` of the first of ``rows``."""
         image, _ = next(read_images(rows, self._image_column, length=self.tokenizer.length))

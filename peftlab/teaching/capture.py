@@ -109,7 +109,7 @@ def _capture(
 ) -> dict[str, Any]:
     assembly, started = taught.assembly, time.perf_counter()
     folder = cache_folder(assembly, teacher)
-    own = model.read(taught.rows) if model.own_texts else None
+    own = model.read(taught.rows, taught.train.examples) if model.own_texts else None
     examples = _examples_of(taught, teacher)
     runner = _TeacherRunner(model, assembly.recipe.eval.batch_tokens)
     if own is None and model.columns.count is not None:

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,13 @@ class TeacherModel:
     columns: Columns
     notes: list[str]
 
-    def read(self, rows: Rows) -> dict[tuple[int, int], Example]:
-        """The examples by ``Example.key``, encoded with the teacher's own tokenizer and truncated to its limit."""
-        encoded = self.task.encode(rows, max_length=self.limit, too_long="truncate", training=False, labelled=False)
+    def read(self, rows: Rows, examples: Sequence[Example]) -> dict[tuple[int, int], Example]:
+        """The examples by ``Example.key``, encoded with the teacher's own tokenizer and truncated to its limit.
+
+        Args: examples: the student's, whose masks say which pixels are compared.
+        """
+        labelled = self.task.spec.predicts == "pixels" and any(e.label is not None for e in examples)
+        encoded = self.task.encode(rows, max_length=self.limit, too_long="truncate", training=False, labelled=labelled)
         return {e.key: e for e in encoded.examples}
 
 

@@ -171,6 +171,14 @@ class Teachers:
 
         return {"teacher": run}
 
+    def found_objects(self, examples: Sequence[Example], class_names: Sequence[str]) -> list[Any]:
+        """What the single teacher finds in the images of ``examples``, as ``Task.score`` gives it, with indices into
+        ``class_names``."""
+        theirs = self.model(0)
+        found = theirs.task.score(theirs.model, theirs.task.collate(list(examples), theirs.device))["found"]
+        order = [class_names.index(name) for name in theirs.task.class_names or ()]
+        return [[[order[int(box[0])], *box[1:]] for box in boxes] for boxes in found]
+
     def choosers(self) -> list[tuple[str, Any]]:
         """The single teacher's model, if it can answer like the student: with one of eval.choices, or with a span."""
         only = len(self._named) == 1 and not self.model(0).own_texts
@@ -217,7 +225,7 @@ class Teachers:
         theirs = self.model(named.index)
         if self.translated():
             return self._translated(theirs, task, rows, encoded)
-        own = theirs.read(rows) if theirs.own_texts else None
+        own = theirs.read(rows, encoded.examples) if theirs.own_texts else None
         if own is not None and task.spec.predicts == "pixels" and self._assembly.recipe.data.augment is not None:
             raise RecipeError(
                 f"the teacher {named.name} has another image processor and sees the images as they are, so changed masks do not fit "
@@ -235,7 +243,7 @@ class Teachers:
         return self._distill.cross_tokenizer is not None and self.model(0).own_texts
 
     def _translated(self, theirs: TeacherModel, task: Any, rows: Rows, encoded: Encoded) -> TranslatedTeacher:
-        own, places = theirs.read(rows), {}
+        own, places = theirs.read(rows, encoded.examples), {}
         examples: dict[tuple[int, int], Example] = {}
         num_positions = num_aligned = 0
         for example in encoded.examples:

@@ -213,3 +213,17 @@ def test_router_that_returns_more_than_a_product_gets_no_adapter() -> None:
     assert names and not [name for name in names if "router" in name]
     with pytest.raises(RecipeError, match="'router' matches no module"):
         planned_modules(model, peft_type="CAUSAL_LM", targets=["router"])
+
+
+@pytest.mark.parametrize(("auxiliary", "names"), [(False, ["head.head"]), (True, ["head.head", "auxiliary_head.head"])])
+def test_heads_in_heads_of_their_name_are_saved_once(auxiliary: bool, names: list[str]) -> None:
+    """PEFT wraps DPT's head and the head in it, and then finds no place for the saved weights."""
+    from peftlab.adapters.places import head_modules
+    from tests.family_examples import SEGMENTERS, make_config, make_model
+
+    config = make_config("DPTConfig", SEGMENTERS, use_auxiliary_head=auxiliary)
+    model = make_model(config, "AutoModelForSemanticSegmentation")
+    found = head_modules(model)
+    assert found == ["neck", *names]
+    wrapped = [n for n, _ in model.named_modules() if any(n.endswith(f) for f in found)]
+    assert not [a for a in wrapped for b in wrapped if a.startswith(f"{b}.")]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peftlab.evaluation.modules.map import average_precision
+from peftlab.evaluation.box_matches import average_precision, precision_statistic
 from peftlab.evaluation.scorer import Scorer
 
 BOX = [10.0, 10.0, 20.0, 20.0]
@@ -78,3 +78,30 @@ def test_values_equal_pycocotools_on_files(tmp_path: Path) -> None:
     assert 0 < judge.stats[0] < 1
     turned = [[[k, s, box[1], box[0], box[3], box[2]] for k, s, *box in one] for one in found]
     assert abs((scored(turned, wanted)["map"] or 0) - judge.stats[0]) > 0.05  # the deliberate fault: x and y exchanged
+
+
+def test_precision_over_drawn_images() -> None:
+    """With every image once it is pycocotools' value. An image drawn twice counts as two images with the same boxes."""
+    rng = np.random.default_rng(1)
+    wanted, found = [], []
+    for _ in range(9):
+        corners = np.concatenate([rng.uniform(0, 40, (4, 2)), rng.uniform(50, 90, (4, 2))], axis=1)
+        kinds = rng.integers(0, 3, 4)
+        guesses = np.concatenate([corners + rng.normal(0, 4, corners.shape), corners[:2] + 30])
+        # No two scores are equal but those of a repeated image, whose boxes are then neighbours in the order.
+        scores = rng.random(6)
+        wanted.append(np.column_stack([kinds, corners]).tolist())
+        found.append(np.column_stack([[*kinds, 0, 1], scores, guesses]).tolist())
+    counts = rng.integers(0, 3, (12, 9)).astype(float)
+    for part, which in ((slice(None), 0), (slice(0, 1), 1)):
+        statistic = precision_statistic(found, wanted, overlaps=part)
+        assert statistic(np.ones((1, 9)))[0] == pytest.approx(average_precision(found, wanted)[which], abs=1e-9)
+        for drawn, value in zip(counts, statistic(counts), strict=True):
+            chosen = np.repeat(np.arange(9), drawn.astype(int))
+            theirs = average_precision([found[i] for i in chosen], [wanted[i] for i in chosen])[which]
+            assert value == pytest.approx(theirs, abs=0.02)
+    drawn = statistic(counts)
+    assert np.ptp(drawn) > 0.02
+    # The deliberate fault: the draws ignored.
+    assert abs(drawn - statistic(np.ones((1, 9)))[0]).max() > 0.02
+    assert precision_statistic([[]], [[[0, 1, 1, 5, 5]]])(np.ones((1, 1))).tolist() == [0.0]

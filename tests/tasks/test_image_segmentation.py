@@ -176,8 +176,8 @@ def recipe(folder: Path, **more: Any) -> dict[str, Any]:
     document: dict[str, Any] = {
         "task": "image_segmentation",
         "model": {"name": "tiny:segformer"},
-        "data": {"train": "shapes:40", "eval": "shapes:60:test", "label_names": LABELS},
-        "train": {"max_steps": 3, "batch_size": 8, "lr": 1e-3},
+        "data": {"train": "shapes:16", "eval": "shapes:60:test", "label_names": LABELS},
+        "train": {"max_steps": 3, "batch_size": 4, "lr": 1e-3},
         "run": {"dir": str(folder / "run"), "device": "cpu"},
     }
     return {**document, **{name: {**document.get(name, {}), **values} for name, values in more.items()}}
@@ -318,14 +318,52 @@ def test_student_learns_from_cached_pixels_of_a_teacher(tmp_path: Path, monkeypa
         eval={"before": False},
     )
     (stored,) = teach(document, progress=SilentProgress())["teachers"]
-    assert stored["positions"] == 40 * 64 * 64
+    assert stored["positions"] == 16 * 64 * 64
     run = distill(document, progress=SilentProgress())
-    (seed,) = run.summary["card"]["seeds"]
-    metrics = {who: seed[who]["metrics"] for who in ("teacher", "student")}
-    assert {"iou_macro", "pixel_accuracy", "kl", "agreement"} <= metrics["student"].keys()
+    values = {row["name"]: row for row in run.summary["card"]["metrics"]}
+    assert {"iou_macro", "pixel_accuracy", "kl", "agreement", "loss"} <= values.keys()
+    assert run.summary["card"]["headline"] == "iou_macro"
     theirs = peftlab.evaluate("teacher", progress=SilentProgress())["metrics"]
     for name in ("iou_macro", "pixel_accuracy", "loss"):
-        assert metrics["teacher"][name] == pytest.approx(theirs[name], abs=1e-5)
+        assert values[name]["teacher"]["value"] == pytest.approx(theirs[name], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_timing")
+def test_teacher_with_another_processor_sees_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "data", count=8)
+    _mask(tmp_path / "data/masks/2.png", np.repeat([[0, 255]], 32, axis=1).repeat(64, axis=0))
+    data = {"train": "data", "eval": "shapes:60:test"}
+    plain = {"data": data, "eval": {"before": False}, "adapter": {"method": "none"}}
+    train(recipe(tmp_path, **plain, run={"dir": "teacher"}), progress=SilentProgress())
+    about = Path("teacher/model/preprocessor_config.json")
+    about.write_text(json.dumps({**json.loads(about.read_text()), "image_std": [0.25, 0.25, 0.25]}))
+    options = {"teacher": "teacher/model", "seeds": 1, "baseline": False}
+    (stored,) = teach(recipe(tmp_path, **plain, distill={**options, "cache": "c"}), progress=SilentProgress())[
+        "teachers"
+    ]
+    assert stored["positions"] == 8 * 64 * 64 - 32 * 64
+    run = distill(recipe(tmp_path, **plain, distill=options, run={"dir": "student"}), progress=SilentProgress())
+    assert run.summary["status"] == "finished"
+    changed = {**plain, "data": {**data, "augment": {"flip": 0.5}}}
+    with pytest.raises(RecipeError, match="has another image processor and sees the images as they are"):
+        distill(recipe(tmp_path, **changed, distill=options, run={"dir": "other"}), progress=SilentProgress())
+
+
+def test_masks_do_not_overwrite_files(tmp_path: Path) -> None:
+    from peftlab.cli.prediction_files import check_folder
+
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(RecipeError, match="the folder has files; overwrite those of the same name with --replace"):
+        check_folder(str(tmp_path), replace=False)
+    with pytest.raises(RecipeError, match="expected a folder, found a file"):
+        check_folder(str(tmp_path / "a.png"), replace=True)
+    check_folder(str(tmp_path), replace=True)
+    check_folder(str(tmp_path / "new"), replace=False)
+    document = {"task": "image_cls", "model": {"name": "tiny:vit"}, "data": {"train": "sklearn:digits"}}
+    with pytest.raises(RecipeError, match="task: image_cls gives the pixels of an image no classes"):
+        list(predict("tiny:vit", ["one.png"], recipe=document, masks=tmp_path, progress=SilentProgress()))
 
 
 def test_shares_of_pixels_are_printed() -> None:

@@ -278,7 +278,15 @@ def test_changed_images_resume_to_the_byte(tmp_path: Path) -> None:
     [
         ({"model": {"name": "tiny:vit"}}, "object_detection does not train vit"),
         ({"model": {"name": "tiny:bert"}}, "reads texts"),
-        ({"distill": {"teacher": "tiny:yolos"}}, "task: object_detection has no distillation"),
+        ({"distill": {"teacher": "tiny:yolos"}}, "no order relates their boxes.*set distill.answers: teacher"),
+        (
+            {"distill": {"teacher": "tiny:yolos", "answers": "teacher", "losses": ["forward_kl"]}},
+            "distill.losses.*has no effect with answers: teacher",
+        ),
+        (
+            {"distill": {"teacher": "tiny:yolos", "answers": "teacher", "hard_weight": 0.5}},
+            "distill.hard_weight.*has no effect for task: object_detection",
+        ),
         ({"data": {"augment": {"rotate": 10}}}, "data.augment.rotate.*has no effect for task: object_detection"),
         ({"eval": {"metrics": ["accuracy"]}}, "'accuracy' does not apply to task: object_detection"),
         ({"data": {"eval": "rows.jsonl"}}, "the category 'star' does not occur in the training data"),
@@ -347,3 +355,44 @@ def test_pictures_of_other_tasks_are_refused(tmp_path: Path) -> None:
     document = {"task": "image_cls", "model": {"name": "tiny:vit"}, "data": {"train": "sklearn:digits"}}
     with pytest.raises(RecipeError, match="task: image_cls finds no objects"):
         list(predict("tiny:vit", ["one.png"], recipe=document, picture="a.png", progress=SilentProgress()))
+
+
+# Distillation
+
+
+@pytest.mark.usefixtures("short_timing")
+def test_student_learns_from_the_boxes_of_its_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain: dict[str, Any] = {"eval": {"before": False, "min_score": 0.15}}
+    train(recipe(tmp_path, **plain, run={"dir": "teacher"}), progress=SilentProgress())
+    about = {"teacher": "teacher", "answers": "teacher", "baseline": False}
+    # The student's own labels are of no use: every image has the same box.
+    source = load_rows("shapes:16")
+    for i, raw in enumerate(source.columns["image"]):
+        Path(f"{i}.png").write_bytes(raw)
+    wrong = {"bbox": [[1, 1, 9, 9]], "category": ["circle"]}
+    right = [{"bbox": [[1, 1, 9, 9]] * 3, "category": NAMES}]
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"image": f"{i}.png", "objects": o}) + "\n" for i, o in enumerate(right + [wrong] * 15))
+    )
+    document = recipe(tmp_path, **plain, data={"train": "rows.jsonl"}, distill=about, run={"dir": "student"})
+    assert check(document, progress=SilentProgress())["ok"]
+    run = peftlab.distill(document, progress=SilentProgress())
+    lines = [json.loads(line) for line in Path("student/answers/rows.jsonl").read_text().splitlines()]
+    found = list(predict("teacher", Path("rows.jsonl"), overrides=["eval.min_score=0.15"], progress=SilentProgress()))
+    assert len(lines) == 16 and sum(len(line["scores"]) for line in lines) > 0
+    for line, one in zip(lines, found, strict=True):
+        assert line["objects"]["category"] == [o["label"] for o in one["objects"]]
+        ours, theirs = np.array(line["objects"]["bbox"]), np.array([o["box"] for o in one["objects"]])
+        assert not len(ours) or np.allclose(ours[:, :2] + ours[:, 2:], theirs[:, 2:])
+    trained = json.loads(Path("student/seed-0/student/run.json").read_text())
+    assert trained["training"]["steps"] == 4 and trained["train_rows"] == 16
+    values = {row["name"]: row for row in run.summary["card"]["metrics"]}
+    assert set(values) == {"map", "map_50"} and run.summary["card"]["headline"] == "map"
+    theirs = evaluate("teacher", overrides=["data.eval=shapes:60:test"], progress=SilentProgress())["metrics"]
+    assert values["map"]["teacher"]["value"] == pytest.approx(theirs["map"], abs=1e-6)
+    assert values["map_50"]["student"]["n"] == 11
+    # A run that is stopped keeps the boxes; another threshold is another run.
+    document["eval"]["min_score"] = 0.9
+    with pytest.raises(DataError, match=r"found no object with a score of 0.9 in 16 images; lower eval.min_score"):
+        peftlab.distill({**document, "run": {"dir": "other", "device": "cpu"}}, progress=SilentProgress())

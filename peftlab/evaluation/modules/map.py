@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
 import evaluate
-import numpy as np
+
+from peftlab.evaluation.box_matches import average_precision, precision_statistic
+from peftlab.measuring.intervals import Statistic
 
 _BOXES = datasets.Sequence(datasets.Sequence(datasets.Value("float64")))
 
@@ -32,47 +33,6 @@ class Map(evaluate.Metric):
         return {"map": average_precision(predictions, references)[0]}
 
 
-def average_precision(
-    predictions: list[list[list[float]]], references: list[list[list[float]]]
-) -> tuple[float | None, float | None]:
-    """The mean over the overlaps 0.5 to 0.95, and at 0.5. Overlaps are intersection over union."""
-    if not any(references):
-        return None, None
-    # Reading prints lines.
-    with contextlib.redirect_stdout(io.StringIO()):
-        stats = _evaluated(predictions, references)
-    return float(stats[0]), float(stats[1])
-
-
-def _evaluated(predictions: list[list[list[float]]], references: list[list[list[float]]]) -> Any:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    def annotation(number: int, image: int, kind: float, box: list[float]) -> dict[str, Any]:
-        left, top, right, bottom = box
-        size = [left, top, right - left, bottom - top]
-        about = {"id": number, "image_id": image, "category_id": int(kind), "bbox": size}
-        return about | {"area": size[2] * size[3], "iscrowd": 0}
-
-    truth = COCO()
-    wanted = [(i, object_) for i, objects in enumerate(references) for object_ in objects]
-    truth.dataset = {
-        "images": [{"id": i} for i in range(len(references))],
-        "annotations": [annotation(n, i, o[0], o[1:]) for n, (i, o) in enumerate(wanted, 1)],
-        "categories": [{"id": c} for c in sorted({int(o[0]) for _, o in wanted})],
-    }
-    truth.createIndex()
-    given = [(i, box) for i, boxes in enumerate(predictions) for box in boxes]
-    if not given:
-        return np.zeros(2)
-    found = COCO()
-    found.dataset = {
-        **truth.dataset,
-        "annotations": [annotation(n, i, b[0], b[2:]) | {"score": b[1]} for n, (i, b) in enumerate(given, 1)],
-    }
-    found.createIndex()
-    judge = COCOeval(truth, found, "bbox")
-    judge.evaluate()
-    judge.accumulate()
-    judge.summarize()
-    return judge.stats
+def statistic(rows: Mapping[str, Any]) -> Statistic:
+    """``map`` over drawn images, from what is found and right in each."""
+    return precision_statistic(rows["found"], rows["objects"])
