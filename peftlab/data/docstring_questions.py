@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peftlab.data.numpydoc import parameters, sections
+from peftlab.data.numpydoc import sections
 
 _RAISES = "Which exception is raised?"
 # Characters of a docstring: longer ones are mostly examples and notes.
@@ -18,6 +18,8 @@ _LONGEST = 600
 # Questions of a kind per docstring, so that functions with many parameters do not outweigh the others.
 _MOST_DEFAULTS, _MOST_TYPES = 2, 1
 _LONGEST_TYPE = 60
+_PARAMETER = re.compile(r"^(\*{0,2}\w+)[ \t]?:[ \t]*(\S.*)$", re.MULTILINE)
+_ENTRY_END = re.compile(r"^\S", re.MULTILINE)
 _EXCEPTION = re.compile(r"^(\w*(?:Error|Exception|Warning))(?=s?:?[ \t]*$)", re.MULTILINE)
 _DEFAULT = re.compile(
     r"\bdefault(?:s|ed)?(?: values?)?(?: is| are| to|:|=)+ ?(?:to )?"
@@ -52,16 +54,16 @@ def rows_of(text: str, others: Sequence[str]) -> Iterator[dict[str, Any]]:
     parts = sections(context)
     if len(context) > _LONGEST or "Parameters" not in parts:
         return
-    documented = list(_parameters(context, *parts["Parameters"]))
+    parameters = list(_parameters(context, *parts["Parameters"]))
     raised = tuple(m.span(1) for m in _EXCEPTION.finditer(context, *parts["Raises"])) if "Raises" in parts else ()
     digest = hashlib.sha256(context.encode()).digest()
     rng = np.random.default_rng(list(digest))
-    defaults = [Asked(f"What is the default of {p.name}?", (p.default,)) for p in documented if p.default]
-    types = [Asked(f"What is the type of {p.name}?", (p.type,)) for p in documented if p.type]
+    defaults = [Asked(f"What is the default of {p.name}?", (p.default,)) for p in parameters if p.default]
+    types = [Asked(f"What is the type of {p.name}?", (p.type,)) for p in parameters if p.type]
     chosen = [*_chosen(defaults, _MOST_DEFAULTS, rng), *_chosen(types, _MOST_TYPES, rng)]
     chosen += [Asked(_RAISES, raised)] if raised else []
     absent = [name for name in others if name not in context]
-    chosen += _chosen(list(_unanswered(documented, absent, context)), (len(chosen) + 1) // 2, rng)
+    chosen += _chosen(list(_unanswered(parameters, absent, context)), (len(chosen) + 1) // 2, rng)
     for number, asked in enumerate(chosen):
         yield {
             "id": f"{digest.hex()[:10]}-{number}",
@@ -81,9 +83,9 @@ def parameter_names(text: str) -> list[str]:
     return [p.name for p in _parameters(context, *parts["Parameters"])] if "Parameters" in parts else []
 
 
-def _unanswered(documented: Sequence[Parameter], absent: Sequence[str], context: str) -> Iterator[Asked]:
+def _unanswered(parameters: Sequence[Parameter], absent: Sequence[str], context: str) -> Iterator[Asked]:
     """What the text does not say: the default of a parameter without one, a parameter of another function, an exception."""
-    yield from (Asked(f"What is the default of {p.name}?") for p in documented if not p.mentions_default)
+    yield from (Asked(f"What is the default of {p.name}?") for p in parameters if not p.mentions_default)
     for name in absent[:2]:
         yield Asked(f"What is the default of {name}?")
         yield Asked(f"What is the type of {name}?")
@@ -97,7 +99,9 @@ def _chosen(asked: list[Asked], most: int, rng: np.random.Generator) -> list[Ask
 
 
 def _parameters(context: str, start: int, end: int) -> Iterator[Parameter]:
-    for match, stop in parameters(context, start, end):
+    for match in _PARAMETER.finditer(context, start, end):
+        after = _ENTRY_END.search(context, match.end() + 1, end) if match.end() < end else None
+        stop = after.start() if after else end
         kind = _TYPE_END.search(context, match.start(2), match.end(2))
         of_type = (match.start(2), kind.start() if kind else match.end(2))
         defaults = list(_DEFAULT.finditer(context, match.start(2), stop))

@@ -1,13 +1,12 @@
-"""Sections and entries of docstrings in numpy's format."""
+"""Sections and descriptions of docstrings in numpy's format."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 _SECTION = re.compile(r"^(\w[\w ]*)\n-{3,}$", re.MULTILINE)
-_PARAMETER = re.compile(r"^(\*{0,2}\w+)[ \t]?:[ \t]*(\S.*)$", re.MULTILINE)
-_ENTRY_END = re.compile(r"^\S", re.MULTILINE)
+# The indented lines under a head such as ``axis : int``, up to an empty line.
+_DESCRIPTION = re.compile(r"^\S.*\n((?:[ \t]+\S.*(?:\n|\Z))+)", re.MULTILINE)
 
 
 def sections(context: str) -> dict[str, tuple[int, int]]:
@@ -17,8 +16,6 @@ def sections(context: str) -> dict[str, tuple[int, int]]:
     return {match[1].strip(): (match.end(), end) for match, end in zip(found, starts[1:], strict=True)}
 
 
-def parameters(context: str, start: int, end: int) -> Iterator[tuple[re.Match[str], int]]:
-    """The declaration of each parameter in this section (groups: name, what follows the colon), and where its description ends."""
-    for match in _PARAMETER.finditer(context, start, end):
-        after = _ENTRY_END.search(context, match.end() + 1, end) if match.end() < end else None
-        yield match, after.start() if after else end
+def descriptions(context: str, start: int, end: int) -> list[str]:
+    """The first paragraph under each head in this section, on one line."""
+    return [" ".join(match[1].split()) for match in _DESCRIPTION.finditer(context, start, end)]
