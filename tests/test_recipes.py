@@ -74,9 +74,10 @@ def small(name: str) -> list[str]:
         overrides += ["data.eval_rows=12"] if recipe.data.eval_rows else []
         overrides += [f"data.eval={recipe.data.eval.partition('#')[0]}#30"] if recipe.data.eval else []
         if "data.too_long" in recipe.spec.keys:
-            # A cut target has no end to learn.
-            too_long = "drop" if recipe.spec.reads_source else "truncate"
-            overrides += [f"data.too_long={too_long}", "data.max_length=250"]
+            # A cut target has no end to learn, and a cut prompt no answer.
+            drops = recipe.spec.reads_source or recipe.data.too_long == "drop"
+            overrides += ["data.too_long=drop", "data.max_length=500"] if drops else []
+            overrides += [] if drops else ["data.too_long=truncate", "data.max_length=250"]
     return overrides
 
 
