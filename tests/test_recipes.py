@@ -14,9 +14,10 @@ import pytest
 import peftlab
 from peftlab.api.distill import distill
 from peftlab.data import Rows, load_rows
+from peftlab.data.near_duplicates import near_duplicates
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
-from tests import text_baselines
+from tests import text_baselines, translation_baselines
 from tests.masked_examples import write_bert
 
 TINY = {
@@ -282,3 +283,35 @@ def _parts(name: str) -> tuple[Rows, Rows]:
     data = load_recipe(name).recipe.data
     assert data.eval is not None
     return load_rows(data.train), load_rows(data.eval, key="data.eval")
+
+
+@pytest.mark.slow
+def test_docstring_summaries_beats_its_baseline(tmp_path: Path) -> None:
+    _, held_out = _parts("docstring-summaries")
+    lead = translation_baselines.first_sentences(held_out.columns["body"])
+    simple = translation_baselines.scores(lead, held_out.columns["summary"])
+    summary, _, _ = _measured("docstring-summaries", tmp_path)
+    before, after = summary["before"], summary["after"]
+    assert isinstance(before, dict) and isinstance(after, dict)
+    for metric in ("rouge1", "rougeL"):
+        assert after[metric] > max(simple[metric], before[metric])
+
+
+def test_held_out_docstrings_of_the_summaries_are_new() -> None:
+    train, held_out = _parts("docstring-summaries")
+    for column in ("summary", "body"):
+        assert not near_duplicates(held_out.columns[column], train.columns[column]).nnz
+
+
+@pytest.mark.slow
+def test_django_french_beats_its_baselines(tmp_path: Path) -> None:
+    train, held_out = _parts("django-french")
+    texts, references = held_out.columns["target"], held_out.columns["source"]
+    pairs = train.columns["target"], train.columns["source"]
+    answers = [texts, translation_baselines.nearest(*pairs, texts), translation_baselines.word_by_word(*pairs, texts)]
+    simple = [translation_baselines.scores(a, references) for a in answers]
+    summary, _, _ = _measured("django-french", tmp_path)
+    after = summary["after"]
+    assert isinstance(after, dict)
+    for metric in ("chrf", "bleu"):
+        assert after[metric] > max(of_one[metric] for of_one in simple)
