@@ -13,10 +13,12 @@ import pytest
 
 import peftlab
 from peftlab.api.distill import distill
+from peftlab.assembly import Assembly
 from peftlab.data import Rows, load_rows
+from peftlab.data.near_duplicates import near_duplicates
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
-from tests import text_baselines
+from tests import text_baselines, translation_baselines
 from tests.masked_examples import write_bert
 from tests.shape_baseline import mask_baselines
 
@@ -75,9 +77,10 @@ def small(name: str) -> list[str]:
         overrides += ["data.eval_rows=12"] if recipe.data.eval_rows else []
         overrides += [f"data.eval={recipe.data.eval.partition('#')[0]}#30"] if recipe.data.eval else []
         if "data.too_long" in recipe.spec.keys:
-            # A cut target has no end to learn.
-            too_long = "drop" if recipe.spec.reads_source else "truncate"
-            overrides += [f"data.too_long={too_long}", "data.max_length=250"]
+            # A cut target has no end to learn, and a cut prompt no answer.
+            drops = recipe.spec.reads_source or recipe.data.too_long == "drop"
+            overrides += ["data.too_long=drop", "data.max_length=500"] if drops else []
+            overrides += [] if drops else ["data.too_long=truncate", "data.max_length=250"]
     return overrides
 
 
@@ -298,3 +301,38 @@ def _parts(name: str) -> tuple[Rows, Rows]:
     data = load_recipe(name).recipe.data
     assert data.eval is not None
     return load_rows(data.train), load_rows(data.eval, key="data.eval")
+
+
+@pytest.mark.slow
+def test_docstring_summaries_beats_its_baseline(tmp_path: Path) -> None:
+    _, held_out = _parts("docstring-summaries")
+    lead = translation_baselines.first_sentences(held_out.columns["body"])
+    simple = translation_baselines.scores(lead, held_out.columns["summary"])
+    summary, _, _ = _measured("docstring-summaries", tmp_path)
+    before, after = summary["before"], summary["after"]
+    assert isinstance(before, dict) and isinstance(after, dict)
+    for metric in ("rouge1", "rougeL"):
+        assert after[metric] > max(simple[metric], before[metric])
+
+
+def test_held_out_docstrings_of_the_summaries_are_new() -> None:
+    train, held_out = _parts("docstring-summaries")
+    for column in ("summary", "body"):
+        assert not near_duplicates(held_out.columns[column], train.columns[column]).nnz
+
+
+@pytest.mark.slow
+def test_django_french_beats_its_baselines(tmp_path: Path) -> None:
+    """On the held-out rows that are short enough."""
+    assembly = Assembly(load_recipe("django-french"))
+    train, held_out = assembly.data.train, assembly.data.eval
+    held_out = held_out.select(sorted(e.row for e in assembly.encode(held_out, training=False).examples))
+    texts, references = held_out.columns["target"], held_out.columns["source"]
+    pairs = train.columns["target"], train.columns["source"]
+    answers = [texts, translation_baselines.nearest(*pairs, texts), translation_baselines.word_by_word(*pairs, texts)]
+    simple = [translation_baselines.scores(a, references) for a in answers]
+    summary, _, _ = _measured("django-french", tmp_path)
+    after = summary["after"]
+    assert isinstance(after, dict)
+    for metric in ("chrf", "bleu"):
+        assert after[metric] > max(of_one[metric] for of_one in simple)

@@ -134,6 +134,28 @@ def test_student_learns_from_the_answers_of_its_teacher(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("short_timing")
+def test_student_learns_the_probabilities_of_its_teacher() -> None:
+    """With a cache as without one; the labels have no weight."""
+    teacher = train(TEACHER).folder
+    distances = []
+    for steps, more in ((1, {}), (40, {}), (40, {"cache": "cache", "targets": {"fill": "hidden"}})):
+        distill = {"teacher": str(teacher), "baseline": False, "headline": "kl", **more}
+        document = recipe(adapter={"method": "none"}, distill=distill, train={"max_steps": steps, "lr": 5e-3})
+        card = peftlab.distill(document, replace=True, progress=SilentProgress()).summary["card"]
+        assert card["metrics"][0]["name"] == "kl"
+        distances.append(card["metrics"][0]["student"]["value"])
+    start, taught, cached = distances
+    assert taught < 0.2 * start
+    assert cached == pytest.approx(taught, rel=0.1)
+
+
+def test_student_of_this_task_does_not_write_its_own_rows() -> None:
+    distill = {"teacher": "tiny:t5", "cache": "cache", "on_policy": {"phases": 2}}
+    with pytest.raises(RecipeError, match=r"distill\.on_policy: has no effect for task: seq2seq; remove it"):
+        peftlab.distill(recipe(distill=distill), progress=SilentProgress())
+
+
+@pytest.mark.usefixtures("short_timing")
 def test_unfinished_answers_are_continued_and_those_of_others_refused(here: Path) -> None:
     teacher = train(TEACHER).folder
     document = recipe(

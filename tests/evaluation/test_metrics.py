@@ -224,6 +224,7 @@ def test_check_metrics_knows_classes_once_they_are_given() -> None:
 def test_default_metrics_are_valid_and_cover_the_task() -> None:
     assert default_metrics(TASKS["seq_cls"], False) == ["loss", "accuracy", "precision", "recall", "f1"]
     assert default_metrics(TASKS["causal_lm"], False) == ["loss", "perplexity", "token_accuracy", "exact_match"]
+    check_metrics(["chrf", "bleu", "rougeL", "placeholders"], TASKS["causal_lm"], False)  # if named
     assert default_metrics(TASKS["causal_lm"], True)[4:] == ["accuracy", "precision", "recall", "f1"]
     for task, has_choices in [(TASKS["seq_cls"], False), (TASKS["causal_lm"], False), (TASKS["causal_lm"], True)]:
         check_metrics(default_metrics(task, has_choices), task, has_choices)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from peftlab.adapters import HeadLoss
-from peftlab.data import Rows, require
+from peftlab.data import BatchPlan, Rows, require
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import decoder_start, reconcile
 from peftlab.models.tiny import tiny_tokenizer
@@ -149,6 +149,18 @@ def test_prefix_stands_before_the_source() -> None:
     task = task_of(model_of(), prefix="translate: ")
     first = examples_of(task)[0]
     assert task.tokenizer.decode(first.ids[~first.trained]) == "translate: Save and close"
+
+
+def test_batches_count_and_group_by_the_tokens_of_both_sides() -> None:
+    """Long sources with short targets are as long as short sources with long targets."""
+    rows = [{"source": "s" * n, "target": "t" * (40 - n)} for n in (5, 35, 20)] + [{"source": "s", "target": "t"}] * 3
+    task = task_of(model_of())
+    encoded = task.encode(Rows.from_dicts(rows, name="rows"), max_length=100, too_long="error", training=True)
+    assert len(set(encoded.lengths[:3].tolist())) == 1
+    assert encoded.lengths.tolist() == [len(e.ids) for e in encoded.examples]
+    plan = BatchPlan(encoded.lengths, batch_size=3, grouping="epoch", epochs=1, seed=0)
+    parts = {frozenset(map(int, part)) for i in range(plan.total_steps) for part in plan.step(i).micro_batches}
+    assert parts == {frozenset({0, 1, 2}), frozenset({3, 4, 5})}
 
 
 def test_both_sides_have_their_limit() -> None:
