@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from peftlab.adapters import is_convolution
 from peftlab.adapters.bottleneck import check_blocks
 from peftlab.errors import RecipeError
@@ -173,6 +175,12 @@ def check_layers(model: Any, planned: Sequence[str], method: str = "lora") -> No
     kind = model.config.model_type
     if method == "bottleneck":
         check_blocks(model)
+        if any(isinstance(h, nn.ModuleList) for h in model.children() if h is not model.base_model):
+            raise RecipeError(
+                f"the head of {kind} is a list of layers, which PEFT cannot train in full beside bottlenecks; use "
+                "adapter.method=none",
+                key="adapter.method",
+            )
     if planned and _ties_without_embeddings(model):
         raise RecipeError(
             f"{kind} shares weights between its layers and has no token embeddings, and PEFT asks such a model for them; use "

@@ -269,6 +269,7 @@ def test_check_refuses_a_model_that_ignores_the_attention_mask(folder: Callable[
             "ia3",
             "has no token embeddings, and PEFT asks such a model for them",
         ),
+        ("DeformableDetrConfig", "object_detection", "bottleneck", "the head of deformable_detr is a list of layers"),
         ("DeformableDetrConfig", "object_detection", "none", None),
         ("RTDetrConfig", "object_detection", "bottleneck", None),
     ],
