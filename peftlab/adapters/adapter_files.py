@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -121,7 +122,8 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
     except SafetensorError as error:
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} is damaged: {error}; restore it from a checkpoint") from error
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(_unfit(model, folder, str(error))) from error
+        missing = str(error.args[0]) if isinstance(error, KeyError) and error.args else None
+        raise ArtifactError(_unfit(model, folder, str(error), missing=missing)) from error
     if is_mixture(config):
         after_mixing(peft_model, [Path(place).name for place in config.adapters.values()])
     if bottlenecks is not None:
@@ -249,16 +251,22 @@ def _is_bottleneck(folder: Path) -> bool:
     return bool(json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))["peft_type"] == "BOTTLENECK")
 
 
-def _unfit(model: Any, folder: Path, error: str) -> str:
-    """The message for an adapter that PEFT cannot load into ``model``."""
+def _unfit(model: Any, folder: Path, error: str, *, missing: str | None = None) -> str:
+    """The message for an adapter that PEFT cannot load into ``model``. Args: missing: a tensor that PEFT did not find."""
     from safetensors import safe_open
 
+    if missing is not None:
+        return (
+            f"{folder / ADAPTER_FILES[1]} has no tensor {missing!r}, which {_name(model)} needs; it is damaged, or was made "
+            f"for another model ({made_for(folder) or 'unknown'})"
+        )
+    unfit = {_plain(name) for name in re.findall(r"size mismatch for (\S+):", error)}
     rows = [m.weight for m in _vocabulary_modules(model)]
     with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
         stored = [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118  (no mapping)
     for name, shape in stored:
         wide = [w for w in rows if len(shape) == 2 and w.shape[1] == shape[1] and ".lora_" not in name]
-        if wide and all(len(w) != shape[0] for w in wide) and "size mismatch" in error:
+        if wide and all(len(w) != shape[0] for w in wide) and _plain(name) in unfit:
             return (
                 f"the adapter in {folder} was trained with a vocabulary of {shape[0]:,} rows ({_plain(name)}), and "
                 f"{_name(model)} has {len(wide[0]):,}; resize it: model.resize_token_embeddings={shape[0]}"

@@ -53,8 +53,8 @@ def match_ending(target: str, names: list[str], key: str) -> None:
         return
     endings = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
     near = difflib.get_close_matches(target, endings, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise RecipeError(f"{target!r} matches no module; {hint}(this model has {', '.join(endings)})", key=key)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise RecipeError(f"{target!r} matches no module{hint} (this model has {', '.join(endings)})", key=key)
 
 
 def is_adaptable(module: nn.Module) -> bool:

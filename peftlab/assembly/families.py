@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from peftlab.adapters import is_convolution
+from peftlab.adapters.bottleneck import check_blocks
 from peftlab.errors import RecipeError
 from peftlab.models import (
     decoder_start,
@@ -164,13 +167,21 @@ def check_storage(assembly: Assembly) -> None:
         )
 
 
-def check_layers(model: Any, planned: Sequence[str]) -> None:
-    """Raises RecipeError if PEFT (0.21) cannot put adapters on the layers of a model of this family.
+def check_layers(model: Any, planned: Sequence[str], method: str = "lora") -> None:
+    """Raises RecipeError if the method, or PEFT (0.21), cannot put adapters on the layers of a model of this family.
 
-    Args: model: may be on the meta device. planned: names of the layers to adapt.
+    Args: model: may be on the meta device. planned: names of the layers to adapt; empty for a method that finds its places.
     """
     kind = model.config.model_type
-    if _ties_without_embeddings(model):
+    if method == "bottleneck":
+        check_blocks(model)
+        if any(isinstance(h, nn.ModuleList) for h in model.children() if h is not model.base_model):
+            raise RecipeError(
+                f"the head of {kind} is a list of layers, which PEFT cannot train in full beside bottlenecks; use "
+                "adapter.method=none",
+                key="adapter.method",
+            )
+    if planned and _ties_without_embeddings(model):
         raise RecipeError(
             f"{kind} shares weights between its layers and has no token embeddings, and PEFT asks such a model for them; use "
             "adapter.method=none",

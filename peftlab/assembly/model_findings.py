@@ -57,8 +57,12 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
     if not assembly.method.adapts:
         return
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name
+    if (start := assembly.start) is not None:
+        start.check_model(assembly)  # first: another model has other layers
     config = check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
     check_mixed(mixed_of(assembly.recipe), assembly)
+    planned = planned_modules(skeleton, method=method, **assembly.adapter_places)
+    check_layers(skeleton, planned, method)
     if not (assembly.method.own_options or adapter.tokens or mixed_of(assembly.recipe)):
         # Which modules of a head are new, and so no targets, is known with the weights; without a type none is a target.
         places = (
@@ -67,7 +71,7 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
             | ({"peft_type": None} if assembly.spec.reads_whole_rows else {})
         )
         try_injection(assembly.skeleton(), method, **places, **assembly.adapter_options)
-    if (start := assembly.start) is not None:
+    if start is not None:
         start.check(config, assembly)
         going_on = f"continues the adapter in {start.folder}"
         yield Finding("start", f"{going_on}. {start.as_plain}".rstrip(". "), "adapter.start")
@@ -80,8 +84,6 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
             )
     if not assembly.method.has_targets:
         return
-    planned = planned_modules(skeleton, method=method, **assembly.adapter_places)
-    check_layers(skeleton, planned)
     given = {assembly.method.keys.get(k, k): v for k, v in assembly.adapter_options.items() if v is not None}
     if assembly.spec.predicts == "vectors" and planned and all("pooler" in name.split(".") for name in planned):
         raise RecipeError(

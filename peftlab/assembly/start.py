@@ -49,8 +49,8 @@ class Start:
         names = [name for name in (*ADAPTER_FILES, WEIGHTS_FILE) if (self.folder / name).is_file()]
         return sha256_of_files([self.folder / name for name in names])
 
-    def check(self, config: Any, assembly: Assembly) -> None:
-        """Raises RecipeError or ArtifactError if the new adapter, of this ``config``, is another one, or of another model."""
+    def check_model(self, assembly: Assembly) -> None:
+        """Raises ArtifactError if the adapter was trained on another model."""
         known = self.lock.get("lock") or {}
         expected = (known.get("fingerprints") or {}).get("model")
         if expected is not None and expected != assembly.model_fingerprint:
@@ -61,7 +61,10 @@ class Start:
                 f"{assembly.pretrained.source.name!r} has {assembly.model_fingerprint[:12]}{hint}",
                 key=_KEY,
             )
-        names = (known.get("environment") or {}).get("class_names")
+
+    def check(self, config: Any, assembly: Assembly) -> None:
+        """Raises RecipeError if the new adapter, of this ``config``, is another one."""
+        names = ((self.lock.get("lock") or {}).get("environment") or {}).get("class_names")
         if names and assembly.spec.names_classes and assembly.classes != names:
             raise RecipeError(
                 f"the adapter in {self.folder} tells apart {', '.join(names)}; found {', '.join(assembly.classes or [])}",

@@ -153,7 +153,7 @@ def _few(examples: Sequence[Example], spec: TaskSpec) -> list[Example]:
     for index, example in enumerate(examples):
         if example.trained is not None and spec.predicts == "tokens" and not spec.reads_source:
             trained = np.ones(len(example), dtype=bool)
-            trained[0] = False  # no token comes before the first
+            trained[0] = not spec.generates  # a model that writes reads no token before the first
             example = replace(example, trained=trained, weight=float(trained.sum()))
         example = example.unlabelled(most_pixels=_PIXELS)
         positions += example.num_scored

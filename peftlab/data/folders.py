@@ -210,5 +210,6 @@ def _readable(folder: Path, files: list[Path], options: Options) -> list[Path]:
         wanted = "text" if options.format == "document" else options.format
         readable = [path for path in files if format_of(path.name) == wanted] or files
     if not readable:
-        raise DataError(f"the folder {folder} has no file with a known ending: {', '.join(ENDINGS)}", key=options.key)
+        endings = f"{', '.join(ENDINGS)}; images: {', '.join(IMAGE_ENDINGS)}"
+        raise DataError(f"the folder {folder} has no file with a known ending: {endings}", key=options.key)
     return readable

@@ -109,9 +109,8 @@ def _members(labels: Sequence[str]) -> list[IntArray]:
 
 def _num_eval(rows: Rows, fraction: float, num_rows: int | None) -> int:
     if len(rows) < 2:
-        raise DataError(
-            f"{rows.name} has {len(rows)} row(s), too few to hold some out; set data.eval", key="data.eval_fraction"
-        )
+        count = "one row" if len(rows) else "no rows"
+        raise DataError(f"{rows.name} has {count}, too few to hold some out; set data.eval", key="data.eval_fraction")
     if num_rows is None:
         if not 0 < fraction < 1:
             raise DataError(f"expected a share between 0 and 1, found {fraction}", key="data.eval_fraction")

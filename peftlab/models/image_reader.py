@@ -87,12 +87,13 @@ def runs_on_zeros(model: Any, shape: Sequence[int]) -> Callable[[], None]:
         with torch.no_grad():
             model(pixel_values=torch.zeros(1, *shape, device=device))
 
-    model = model.eval()
+    # Frozen: under no_grad, PyTorch's counter does not take a trained parameter as the input of a layer (Deformable DETR).
+    model = copy.deepcopy(model).eval().requires_grad_(False)
     try:
         run(model, "meta")
         return functools.partial(run, model, "meta")
     except RuntimeError:  # its forward pass reads values: DETR looks for padding
-        model = copy.deepcopy(model).to_empty(device="cpu")
+        model = model.to_empty(device="cpu")
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.detach().zero_()
         return functools.partial(run, model, "cpu")

@@ -128,7 +128,9 @@ class WindowTokenizer:
         room = max_length - self.num_special - len(pair.question)
         overlap = min(max_length // 3, room // 2) if stride is None else stride
         if room < min(count, overlap + 1):
-            repeats = f", and {overlap:,} of them repeat those of the window before (data.stride)" if overlap else ""
+            repeats = (
+                f", and {overlap:,} of them repeat those of the window before (data.stride)" if overlap > 0 else ""
+            )
             raise DataError(
                 f"{where}: the question has {len(pair.question):,} tokens, which leaves {max(room, 0):,} of a window of "
                 f"{max_length:,} for the context{repeats}; shorten it, raise data.max_length, or lower data.stride",

@@ -121,6 +121,23 @@ def test_adapters_of_plain_peft_load_on_quantized_weights(
     torch.testing.assert_close(logits(load_adapter(base(quantize=quantize), tmp_path).eval()), logits(adapted))
 
 
+def test_adapter_of_another_rank_or_without_its_head_is_named(tmp_path: Path) -> None:
+    def classifier() -> Any:
+        return load_model(find_pretrained("tiny:bert"), auto_class="AutoModelForSequenceClassification", device="cpu")
+
+    save_adapter(inject(classifier(), "lora", targets=["query"], peft_type="SEQ_CLS"), tmp_path)
+    config, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config.write_text(config.read_text().replace('"r": 8', '"r": 4'))
+    with pytest.raises(ArtifactError, match=r"made for another model .*size mismatch for .*query\.lora_A"):
+        load_adapter(classifier(), tmp_path)
+    config.write_text(config.read_text().replace('"r": 4', '"r": 8'))
+    save_file({k: v for k, v in load_file(file).items() if "lora_" in k}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ArtifactError, match=r"has no tensor 'base_model\.model\.classifier\.\w+', which tiny:bert needs"
+    ):
+        load_adapter(classifier(), tmp_path)
+
+
 def test_adapter_that_peft_does_not_read_in_full_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a family whose old checkpoints have other names, which PEFT gives to the tensors of its adapters."""
     import peft.utils.transformers_weight_conversion as conversion

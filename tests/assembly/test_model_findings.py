@@ -12,7 +12,7 @@ import pytest
 import peftlab
 from peftlab.errors import RecipeError
 from peftlab.training.progress import SilentProgress
-from tests.family_examples import make_config, make_model
+from tests.family_examples import make_config, make_model, write_family
 
 END = "<|im_end|>"
 
@@ -257,3 +257,31 @@ def test_check_refuses_a_model_that_ignores_the_attention_mask(folder: Callable[
     folder(CpmAntConfig(vocab_size=260, **sizes), "AutoModelForCausalLM")
     with pytest.raises(RecipeError, match="cpmant finds the padding"):
         peftlab.check(recipe("causal_lm"), progress=SilentProgress())
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method", "problem"),
+    [
+        ("ResNetConfig", "image_cls", "bottleneck", "has no list of equal blocks with attention"),
+        (
+            "DeformableDetrConfig",
+            "object_detection",
+            "ia3",
+            "has no token embeddings, and PEFT asks such a model for them",
+        ),
+        ("DeformableDetrConfig", "object_detection", "bottleneck", "the head of deformable_detr is a list of layers"),
+        ("DeformableDetrConfig", "object_detection", "none", None),
+        ("RTDetrConfig", "object_detection", "bottleneck", None),
+    ],
+)
+def test_check_knows_what_a_reader_of_images_can_be_adapted_with(
+    folder: Callable[..., None], family: str, task: str, method: str, problem: str | None
+) -> None:
+    write_family(Path("images"), family, task)
+    document = recipe(task, method=method) | {"model": {"name": "images"}, "train": {"max_steps": 2}}
+    document["data"] = {"train": "shapes:24" if task == "object_detection" else "sklearn:digits", "eval_rows": 8}
+    if problem is None:
+        assert peftlab.check(document, progress=SilentProgress())["ok"]
+        return
+    with pytest.raises(RecipeError, match=problem):
+        peftlab.check(document, progress=SilentProgress())

@@ -130,6 +130,13 @@ def test_eval_and_merge_compare_with_the_witness(here: Path) -> None:
         peftlab.evaluate("run", progress=SilentProgress())
 
 
+def test_texts_of_a_single_token_have_a_witness(here: Path) -> None:
+    """A masked language model predicts the first token too."""
+    (here / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n' * 6)
+    document = recipe("", model={"name": "tiny:bert"}, data={"eval_rows": 4}) | {"task": "masked_lm"}
+    assert peftlab.train(document, progress=SilentProgress()).summary["reopened"]["num_positions"] == 4
+
+
 def test_frozen_statistics_stay(here: Path) -> None:
     run = train(
         "ResNetConfig", adapter={"targets": ["convolution"]}, eval={"before": False, "every": 2}, run={"save_every": 2}

@@ -118,7 +118,9 @@ def test_split_rows_does_not_depend_on_the_hash_seed(process: Processes) -> None
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_split_rows_refuses_too_few_rows(count: int) -> None:
-    with pytest.raises(DataError, match=rf"^a.csv has {count} row\(s\), too few to hold some out; set data.eval$"):
+    with pytest.raises(
+        DataError, match=rf"^a.csv has {('no rows', 'one row')[count]}, too few to hold some out; set data.eval$"
+    ):
         split_rows(rows_of(count))
 
 

@@ -10,7 +10,7 @@ from peftlab.adapters.bottleneck.files import (
 )
 from peftlab.adapters.bottleneck.layer import Bottleneck, BottleneckLayer
 from peftlab.adapters.bottleneck.model import BottleneckModel, add_bottlenecks, bottleneck_places
-from peftlab.adapters.bottleneck.places import find_blocks
+from peftlab.adapters.bottleneck.places import check_blocks, find_blocks
 from peftlab.adapters.bottleneck.trace import Block, Place
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "add_bottlenecks",
     "bottleneck_places",
     "bottleneck_state",
+    "check_blocks",
     "find_blocks",
     "load_bottleneck_state",
     "load_bottlenecks",

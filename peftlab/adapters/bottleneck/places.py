@@ -54,17 +54,23 @@ def find_blocks(model: Any) -> list[Block]:
     return blocks
 
 
+def check_blocks(skeleton: Any) -> None:
+    """Raises RecipeError as ``find_blocks``, for a model on the meta device. One that reads values when it runs is not judged."""
+    try:
+        find_blocks(skeleton)
+    except RecipeError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
+
+
 def _probe(model: Any) -> dict[str, Tensor]:
     """Arguments of the model's body: eight tokens, or an image of zeros."""
     body, config = model.base_model, model.config
     if body.main_input_name == "pixel_values":
-        size = getattr(config, "image_size", _IMAGE_SIZE)
+        size = getattr(config, "image_size", None) or _IMAGE_SIZE
         height, width = (size, size) if isinstance(size, int) else tuple(size)
-        return {
-            "pixel_values": torch.zeros(
-                1, config.num_channels, height, width, device=model.device, dtype=_floating(model)
-            )
-        }
+        channels = getattr(config, "num_channels", None) or config.backbone_config.num_channels
+        return {"pixel_values": torch.zeros(1, channels, height, width, device=model.device, dtype=_floating(model))}
     if body.main_input_name != "input_ids":
         raise RecipeError(
             f"bottlenecks are for models of text and images, and {type(model).__name__} reads {body.main_input_name}; use "
