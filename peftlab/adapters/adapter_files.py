@@ -149,7 +149,7 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
         raise
     except (RuntimeError, ValueError, KeyError) as error:
         raise ArtifactError(_unfit(model.get_base_model(), folder, str(error))) from error
-    if lost := getattr(result, "unexpected_keys", ()):  # a bottleneck's has its own
+    if lost := _unread(result):
         raise _lost(folder, lost, model)
     model.set_adapter(active)
     for parameter_name, parameter in model.named_parameters():
@@ -192,8 +192,13 @@ def load_tensors(model: Any, stored: dict[str, Any]) -> None:
         load_bottleneck_state(model, stored)
         return
     result: Any = set_peft_model_state_dict(model, stored)
-    if lost := result.unexpected_keys:
+    if lost := _unread(result):
         raise RuntimeError(f"unread tensors, such as {lost[0]}")
+
+
+def _unread(result: Any) -> list[str]:
+    """Names of the LoRA tensors that PEFT has not read; a module that is trained in full it reads under another name too."""
+    return [name for name in getattr(result, "unexpected_keys", ()) if ".lora_" in name]
 
 
 def lost_tensors(model: Any) -> list[str]:

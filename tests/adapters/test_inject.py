@@ -80,7 +80,7 @@ def test_inject_into_bert_trains_the_new_head(tiny: Callable[..., Any]) -> None:
     ("options", "message", "key"),
     [
         ({"targets": ["q_porj"]}, r"'q_porj' matches no module; did you mean 'q_proj'\?", "adapter.targets"),
-        ({"targets": ["q_proj", "zzz"]}, r"'zzz' matches no module; \(this model has .*up_proj", "adapter.targets"),
+        ({"targets": ["q_proj", "zzz"]}, r"'zzz' matches no module \(this model has .*up_proj", "adapter.targets"),
         ({"targets": ["proj"]}, "'proj' matches no module", "adapter.targets"),
         ({"targets": ["self_attn"]}, "'self_attn' matches no module", "adapter.targets"),
         ({"targets": "q_proj"}, "the regular expression 'q_proj' matches none of the 16", "adapter.targets"),
