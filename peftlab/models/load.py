@@ -64,6 +64,7 @@ def load_model(
     elif quantize != "none":
         skeleton = load_skeleton(pretrained, auto_class=auto_class, **model_kwargs)
         kept = [*_NOT_QUANTIZED, *head_modules(skeleton), *_CAST_TO.get(skeleton.config.model_type, ())]
+        kept += _class_layers(skeleton, model_kwargs.get("num_labels", 0))
         kwargs["quantization_config"] = _quantization(quantize, double_quant, compute, kept)
         kwargs["device_map"] = {"": device}
     auto = getattr(transformers, auto_class)
@@ -145,6 +146,14 @@ def _new_weights(
     else:
         problem = f"are incomplete: {len(lost)} tensors are missing, such as {lost[0]}"
     raise ArtifactError(f"the weights of {pretrained.source.name!r} {problem}; copy them again", key="model.name")
+
+
+def _class_layers(model: Any, num_labels: int) -> list[str]:
+    """Names of the linear layers with an output per class, which RT-DETR has in its body; new ones are trained in full."""
+    from torch import nn
+
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in linear if num_labels and module.out_features in (num_labels, num_labels + 1)]
 
 
 def _is_class_head(stored: tuple[int, ...], wanted: tuple[int, ...], num_labels: int) -> bool:

@@ -12,9 +12,18 @@ import torch
 
 from peftlab.adapters.fused import set_kernels
 from peftlab.errors import RecipeError
-from peftlab.models import find_pretrained, load_tokenizer, model_max_length, resolve_dtype, tokenizer_fingerprint
+from peftlab.models import (
+    find_pretrained,
+    load_model,
+    load_tokenizer,
+    model_max_length,
+    new_weights,
+    resolve_dtype,
+    tokenizer_fingerprint,
+)
 from peftlab.models import load as load_module
 from peftlab.models.load_errors import load_errors
+from tests.family_examples import wide_values, write_family
 from tests.processes import Processes
 
 IDS = torch.tensor([[5, 9, 33, 100, 7, 8]])
@@ -163,3 +172,17 @@ def test_config_of_timm_that_repeats_an_argument_is_named() -> None:
         raise TypeError(message)
     with pytest.raises(TypeError, match="other"), load_errors(find_pretrained("tiny:vit"), "model"):
         raise TypeError("other")
+
+
+def test_new_head_in_a_body_stays_dense(tmp_path: Path) -> None:
+    """RT-DETR keeps its head in its body; the head for other classes is new, and quantized weights cannot be trained in full."""
+    values = wide_values("RTDetrConfig", "object_detection")
+    write_family(tmp_path, "RTDetrConfig", "object_detection", **values)
+    auto = "AutoModelForObjectDetection"
+    model = load_model(find_pretrained(str(tmp_path)), auto_class=auto, device="cpu", quantize="nf4", num_labels=5)
+    new = new_weights(model)
+    assert any("class_embed" in name for name in new)
+    assert all(
+        model.get_parameter(name).is_floating_point() for name in new if not name.endswith("num_batches_tracked")
+    )
+    assert any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
