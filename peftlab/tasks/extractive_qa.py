@@ -98,7 +98,7 @@ class ExtractiveQA:
         return dict(sorted(blank.items()))
 
     def model_kwargs(self) -> dict[str, Any]:
-        return {}
+        return {"num_labels": 2}  # start and end; the config of a classifier says its number of classes
 
     def encode(
         self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True

@@ -158,3 +158,15 @@ def test_what_cannot_work_is_refused_before_loading(here: Path) -> None:
     write_family(here / "gemma", "Gemma2Config", "extractive_qa")
     with pytest.raises(RecipeError, match="transformers has no gemma2 model for task: extractive_qa"):
         peftlab.check(recipe(model={"name": "gemma"}), progress=SilentProgress())
+
+
+@pytest.mark.parametrize("family", ["BertConfig", "DistilBertConfig"])
+def test_base_of_a_classifier_answers_questions(here: Path, family: str) -> None:
+    """The config of a classifier names its classes; a head for spans has two outputs."""
+    write_family(here / "model", family, "extractive_qa")
+    path = here / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {"0": "a", "1": "b", "2": "c"}}))
+    run = train(train={"max_steps": 1}, run={"merge": "original"})
+    assert run.summary["merge"]["verified"]
+    again = peftlab.evaluate("run/merged", progress=SilentProgress())
+    assert again["metrics"]["loss"] == pytest.approx(run.summary["after"]["loss"], rel=1e-4)
