@@ -276,6 +276,7 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
             "answers": ["a b", "c"], "reference_texts": ["a b", "d"], "gains": [[1.0]], "ideal_gains": [[1.0]],
             "found_answers": [{"row": 0, "text": "a cat", "score": 1.0, "null_score": 0.0}], "right_answers": [["cat"]],
             "found": boxes, "objects": [[[0, 0, 0, 4, 4]]], "found_at": [1, 2], "first_relevant": [1, 2],
+            "pixels_right": sets, "pixels_predicted": sets, "pixels_true": sets,
         }
         for name in computed:
             spec = METRICS[name]
@@ -301,11 +302,12 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
     assert "confusion confusion {'confusion': [[1, 1], [0, 0]]}" in lines
 
 
-# Those of entities: test_entity_metrics.py.
+# Those of entities, pixels and boxes: test_entity_metrics.py, test_pixel_metrics.py, test_map.py.
 OF_ROWS = [
     n
     for n, spec in METRICS.items()
     if spec.needs and spec.rows not in ((), ("vectors",)) and spec.on_card and not spec.of_entities
+    if not {"objects", "pixels_true"} & set(spec.rows)
 ]
 
 

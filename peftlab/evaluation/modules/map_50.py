@@ -8,7 +8,7 @@ from typing import Any
 import evaluate
 
 from peftlab.evaluation.box_matches import average_precision, precision_statistic
-from peftlab.evaluation.modules.map import Map
+from peftlab.evaluation.modules import map as coco
 from peftlab.measuring.intervals import Statistic
 
 
@@ -16,7 +16,7 @@ class Map50(evaluate.Metric):
     """Average precision at an overlap of 0.5, averaged over the classes."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return Map._info(self)
+        return coco.Map._info(self)
 
     def _compute(
         self, *, predictions: list[list[list[float]]], references: list[list[list[float]]]
