@@ -56,7 +56,7 @@ ADAPTERS = "## Adapters and storages"  # the heading of the other table
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
 _EMBEDDING_DECODERS = (*_DECODERS, "Qwen3Config", "MistralConfig", "Gemma3TextConfig")
 # The metric that a second evaluation repeats, if it is not the loss, and the columns of the rows.
-_METRICS = {"embedding": "mrr"}
+REPEATED = {"embedding": "mrr"}
 _COLUMNS = {
     "seq2seq": {"source": "text", "target": "label"},
     "embedding": {"anchor": "text", "positive": "other"},
@@ -138,7 +138,7 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str, str]
     row.notes += [_line(f["message"], folder) for f in checked["findings"] if f["kind"] in _NOTED]
     run = peftlab.train(family_recipe(task), progress=SilentProgress())
     row.cells["train"] = "yes"
-    metric = _METRICS.get(task, "loss")
+    metric = REPEATED.get(task, "loss")
     value = run.summary["after"][metric]
     row.cells["eval again"] = _yes(abs(evaluate("run", metric) - value) < _CLOSE * value, f"other {metric}")
     opened = open_target(find_target("run"), SilentProgress())
@@ -166,7 +166,7 @@ def _quantized(name: str, task: str, folder: Path, storage: str) -> str:
     write_family(folder / wide, name, task, **wide_values(name, task))
     document = family_recipe(task, model={"name": wide, "quantize": storage}, run={"dir": storage})
     document["train"]["max_steps"] = 2
-    metric = _METRICS.get(task, "loss")
+    metric = REPEATED.get(task, "loss")
     try:
         value = peftlab.train(document, progress=SilentProgress()).summary["after"][metric]
         again = peftlab.evaluate(storage, progress=SilentProgress())["metrics"][metric]
