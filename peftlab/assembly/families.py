@@ -175,7 +175,8 @@ def check_layers(model: Any, planned: Sequence[str], method: str = "lora") -> No
     kind = model.config.model_type
     if method == "bottleneck":
         check_blocks(model)
-        if any(isinstance(h, nn.ModuleList) for h in model.children() if h is not model.base_model):
+        body = model.base_model
+        if body is not model and any(isinstance(h, nn.ModuleList) for h in model.children() if h is not body):
             raise RecipeError(
                 f"the head of {kind} is a list of layers, which PEFT cannot train in full beside bottlenecks; use "
                 "adapter.method=none",

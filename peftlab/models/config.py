@@ -106,7 +106,12 @@ def has_class(config: Any, auto_class: str) -> bool:
 
 def is_causal(config: Any) -> bool:
     """Whether a token of models of this config sees only those before it; that is so for decoders."""
-    return not (config.is_encoder_decoder or reads_later_tokens(config))
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    if config.is_encoder_decoder or reads_later_tokens(config):
+        return False
+    # T5's classes without a decoder write a config that is no encoder-decoder's.
+    return config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
 
 
 # Their decoder starts with the last token of the target, which is a language.

@@ -13,6 +13,7 @@ import peftlab
 from peftlab.assembly.target import find_target, open_target
 from peftlab.errors import DataError, Interrupted, RecipeError
 from peftlab.training.progress import SilentProgress
+from tests.family_examples import write_family
 from tests.run_examples import Stopper
 
 PEOPLE, PLACES = ["Ann Lee", "Bob", "Carla Diaz", "Dan O'Neil"], ["Paris", "New York", "Rome"]
@@ -200,3 +201,17 @@ def test_prompts_before_the_rows_are_refused() -> None:
     adapter = {"method": "prompt_tuning", "rank": 8, "alpha": 16, "dropout": 0.0, "num_virtual_tokens": 4}
     with pytest.raises(RecipeError, match="PEFT has no prompt_tuning for task: token_cls; use lora"):
         peftlab.check(recipe(adapter=adapter), progress=SilentProgress())
+
+
+@pytest.mark.parametrize("adapter", [{"method": "none"}, {}])
+def test_encoder_of_an_encoder_decoder_reads_the_same_tokens_again(folder: Path, adapter: dict[str, Any]) -> None:
+    """T5's class writes a config that says it is no encoder-decoder; the labels stay on the first tokens of the words."""
+    write_family(folder / "t5", "T5Config", "token_cls")
+    document = {**recipe(model={"name": "t5"}, train={"max_steps": 1}), "adapter": adapter}
+    run = peftlab.train(document, progress=SilentProgress())
+    target = "run"
+    if not adapter:
+        peftlab.merge("run", progress=SilentProgress())
+        target = "run/merged"
+    loss = run.summary["after"]["loss"]
+    assert peftlab.evaluate(target, progress=SilentProgress())["metrics"]["loss"] == pytest.approx(loss, rel=1e-4)
