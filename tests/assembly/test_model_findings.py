@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import peftlab
+from peftlab.assembly.families import check_family, check_layers
 from peftlab.errors import RecipeError
 from peftlab.training.progress import SilentProgress
 from tests.family_examples import make_config, make_model, write_family
@@ -167,7 +168,6 @@ def test_two_texts_need_an_end_where_an_encoder_decoder_reads(tokenizer_of: Call
     from tokenizers.processors import TemplateProcessing
     from transformers import T5Config
 
-    from peftlab.assembly.families import check_family
     from peftlab.specs.tasks import spec_of
 
     tokenizer, spec = tokenizer_of("tiny:bert"), spec_of("seq_cls", ("score", "pair"))
@@ -203,8 +203,6 @@ def test_check_refuses_layers_whose_adapter_peft_renames(folder: Callable[..., N
 def test_layer_that_is_one_weight_with_another_is_refused() -> None:
     import torch
     from transformers import NeoMMEConfig, NeoMMEForMaskedLM
-
-    from peftlab.assembly.families import check_layers
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     with torch.device("meta"):
@@ -285,3 +283,9 @@ def test_check_knows_what_a_reader_of_images_can_be_adapted_with(
         return
     with pytest.raises(RecipeError, match=problem):
         peftlab.check(document, progress=SilentProgress())
+
+
+def test_blocks_of_a_bare_decoder_are_no_head() -> None:
+    model = make_model(make_config("LlamaConfig"), "AutoModel")
+    assert model.base_model is model
+    check_layers(model, [], "bottleneck")
