@@ -70,9 +70,8 @@ _INTRODUCTION = """\
 
 Each row is a tiny random model of a family of transformers, trained with the defaults of a recipe
 (LoRA on all linear layers) on a CPU. `python -m tests.family_table` measures all of them and writes
-this page; a family or a task that is not in it is not measured yet. A test measures each row again
-and compares it with the page. Families without linear layers, of which a note says so, are trained
-on their convolutions.
+this page. A test measures each row again and compares it with the page. Families without linear
+layers, of which a note says so, are trained on their convolutions.
 
 - **train**: the recipe trains.
 - **eval again**: `peftlab eval` in a new process finds the loss that training ended with.

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from peftlab.errors import RecipeError
@@ -65,10 +66,18 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def _is_router(module: nn.Module) -> bool:
-    """Whether it is a linear layer of a model's own code that does more than a product, such as the router of Llama 4, which
-    returns a tuple. PEFT's layers expect the product."""
+    """Whether it is a linear layer of a model's own code that gives something else than its product, such as the router of
+    Llama 4, which returns a tuple. PEFT's layers expect the product, which Falcon's own layers give."""
     own = type(module).__module__.startswith("transformers.models.")
-    return own and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if not own or not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    weights = {name: weight.to("meta") for name, weight in module.named_parameters()}
+    inputs = torch.empty(1, module.in_features, device="meta", dtype=module.weight.dtype)
+    try:
+        output: object = torch.func.functional_call(module, weights, (inputs,))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return True
+    return not isinstance(output, torch.Tensor) or output.shape != (1, module.out_features)
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftlab.adapters import Pattern, adapted_modules, check_adapter, inject, planned_modules
 from peftlab.errors import RecipeError
-from tests.family_examples import READERS_OF_IMAGES, WRITERS, make_config, make_model
+from tests.family_examples import READERS_OF_IMAGES, SEGMENTERS, WRITERS, make_config, make_model
 
 
 @pytest.fixture
@@ -215,11 +215,17 @@ def test_router_that_returns_more_than_a_product_gets_no_adapter() -> None:
         planned_modules(model, peft_type="CAUSAL_LM", targets=["router"])
 
 
+def test_linear_layers_of_a_models_own_code_get_adapters() -> None:
+    """Falcon has a linear layer of its own, which gives its product."""
+    model = make_model(make_config("FalconConfig"), "AutoModelForCausalLM")
+    names = planned_modules(model, peft_type="CAUSAL_LM", targets="all-linear")
+    assert {name.rpartition(".")[2] for name in names} == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
 @pytest.mark.parametrize(("auxiliary", "names"), [(False, ["head.head"]), (True, ["head.head", "auxiliary_head.head"])])
 def test_heads_in_heads_of_their_name_are_saved_once(auxiliary: bool, names: list[str]) -> None:
     """PEFT wraps DPT's head and the head in it, and then finds no place for the saved weights."""
     from peftlab.adapters.places import head_modules
-    from tests.family_examples import SEGMENTERS, make_config, make_model
 
     config = make_config("DPTConfig", SEGMENTERS, use_auxiliary_head=auxiliary)
     model = make_model(config, "AutoModelForSemanticSegmentation")

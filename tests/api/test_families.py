@@ -47,7 +47,6 @@ def test_adapters_and_storages_do_what_the_page_says(
     assert list(measured.values()) == adapter_table.read_section(PAGE.read_text())[title(name, task), task]
 
 
-@pytest.mark.slow
 def test_page_has_every_family() -> None:
     assert read_page().keys() == {(title(name, task), task) for name, task in families()}
     assert len(adapter_table.read_section(PAGE.read_text())) == len(list(adapter_table.rows()))
