@@ -149,6 +149,13 @@ def check_storage(assembly: Assembly) -> None:
             "model.quantize=none",
             key="model.quantize",
         )
+    # The latent attention of DeepSeek and its kin.
+    if assembly.storage == "int8" and any(hasattr(module, "expand_kv") for module in assembly.skeleton().modules()):
+        raise RecipeError(
+            f"{kind} expands its keys and values in four dimensions, which bitsandbytes' int8 layers do not read; use "
+            "model.quantize=nf4",
+            key="model.quantize",
+        )
     if (
         assembly.storage == "int8"
         and assembly.spec.reader == "image processor"

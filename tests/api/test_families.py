@@ -66,6 +66,7 @@ def test_no_cell_of_the_page_is_no() -> None:
         ("ConvNextConfig", "image_cls", "int8", "keeps images as grids"),
         ("BigBirdConfig", "seq_cls", "int8", "from sparse to full attention"),
         ("RwkvConfig", "causal_lm", "nf4", "computes with the weights"),
+        ("DeepseekV3Config", "causal_lm", "int8", "in four dimensions"),
     ],
 )
 def test_weights_that_cannot_be_quantized_are_refused(
