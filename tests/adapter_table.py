@@ -33,11 +33,11 @@ _CLOSE = 1e-4
 _INTRODUCTION = f"""\
 {HEADING}
 
-One model of each build, for each of its tasks: the storages of the weights (`model.quantize`; plain:
-none) with which the adapter trains and the opened run finds the loss that training ended with
-(embedding: the mrr). An empty cell is refused. `full` trains the weights themselves, which quantized
-weights do not allow. A convolution net has no linear layers to quantize: there, nf4 and int8 change
-nothing.
+One model of each build, for each of its tasks: the storages of the weights (`model.quantize`;
+plain: none) with which the adapter trains and the opened run finds the loss that training ended
+with (embedding: the mrr). An empty cell is refused. `full` trains the weights themselves, which
+quantized weights do not allow. A convolution net has no linear layers to quantize: there, nf4 and
+int8 change nothing.
 """
 
 
