@@ -10,21 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from peftlab.assembly import Assembly
-from peftlab.assembly.accelerator import run_accelerator
 from peftlab.data import Rows
-from peftlab.errors import ArtifactError, DataError
-from peftlab.experiments.written_answers import ROWS_NAME
-from peftlab.measuring.memory import release_memory
-from peftlab.runs import write_json
+from peftlab.errors import DataError
+from peftlab.experiments.kept_answers import WINDOW, kept_answers
 from peftlab.tasks import FindsObjects
 from peftlab.teaching.caches import examples_identity
 from peftlab.teaching.capture import TaughtExamples
 from peftlab.teaching.teacher import named_teachers
 from peftlab.training.progress import Progress
-
-# Images searched before their boxes are stored: an interrupted run repeats at most as many.
-_WINDOW = 256
-_ABOUT = "answers.json"
 
 
 def found_examples(assembly: Assembly, folder: Path, progress: Progress) -> TaughtExamples:
@@ -53,55 +46,30 @@ def found_examples(assembly: Assembly, folder: Path, progress: Progress) -> Taug
 
 
 def _read_or_find(assembly: Assembly, rows: Rows, folder: Path, progress: Progress) -> list[dict[str, list[Any]]]:
-    """The objects in ``folder``, in the order of ``rows``; the missing ones are found and written there first."""
+    """The objects in ``folder``, in the order of ``rows``; the missing ones are found and stored there first."""
     (teacher,) = named_teachers(assembly)
-    about = {**examples_identity(assembly, rows), **teacher.identity(), "min_score": assembly.recipe.eval.min_score}
-    path, noted = folder / ROWS_NAME, folder / _ABOUT
-    if noted.is_file() and json.loads(noted.read_text(encoding="utf-8")) != about:
-        raise ArtifactError(
-            f"the boxes in {folder} were found by another teacher, in other images, or with other settings; start over with "
-            "--replace"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(noted, about)
-    stored = _stored(path)
-    if len(stored) < len(rows):
-        progress.stage(
-            f"{teacher.name} finds the objects of {len(rows) - len(stored):,} of {len(rows):,} training images"
-        )
-        model = teacher.open(progress)
-        with path.open("a", encoding="utf-8") as file, run_accelerator(assembly, folder):
-            for objects in _found(model, rows, len(stored), assembly, progress):
-                file.write(json.dumps(objects, ensure_ascii=False) + "\n")
-                file.flush()
-                stored.append(objects)
-        del model
-        release_memory()
-    else:
-        progress.note(f"the teacher's boxes are read from {path}")
-    return [line["objects"] for line in stored]
+    settings = {"min_score": assembly.recipe.eval.min_score}
+    return kept_answers(
+        assembly,
+        folder,
+        about={**examples_identity(assembly, rows), **teacher.identity(), **settings},
+        num_rows=len(rows),
+        write=lambda first: _found(assembly, rows, first, progress),
+        read=lambda line: line["objects"],
+        what="boxes",
+        progress=progress,
+    )
 
 
-def _stored(path: Path) -> list[dict[str, Any]]:
-    """The stored lines; a last one that a killed process left incomplete is removed."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged: {error}; delete it, and the boxes are found again") from error
-
-
-def _found(teacher: Any, rows: Rows, first: int, assembly: Assembly, progress: Progress) -> Iterator[dict[str, Any]]:
-    """Yields the objects of the rows from ``first`` on, in order, as the data has them."""
+def _found(assembly: Assembly, rows: Rows, first: int, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Yields a line for each of the rows from ``first`` on, in order, with its objects as the data has them."""
+    (named,) = named_teachers(assembly)
+    progress.stage(f"{named.name} finds the objects of {len(rows) - first:,} of {len(rows):,} training images")
+    teacher = named.open(progress)
     most = cast(FindsObjects, assembly.task).most_objects  # the likeliest, as a sigmoid gives a box per class
     progress.start(len(rows), first)
-    for start in range(first, len(rows), _WINDOW):
-        window = rows.select(range(start, min(start + _WINDOW, len(rows))))
+    for start in range(first, len(rows), WINDOW):
+        window = rows.select(range(start, min(start + WINDOW, len(rows))))
         results = teacher.task.predict(teacher.model, window, batch_tokens=assembly.recipe.eval.batch_tokens)
         for i, result in enumerate(results):
             boxes, names, scores = [], [], []

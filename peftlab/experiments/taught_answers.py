@@ -15,21 +15,15 @@ from typing import Any, cast
 import numpy as np
 
 from peftlab.assembly import Assembly
-from peftlab.assembly.accelerator import run_accelerator
 from peftlab.data import Rows
-from peftlab.errors import ArtifactError, DataError, RecipeError
-from peftlab.experiments.written_answers import ROWS_NAME, WrittenAnswer
-from peftlab.measuring.memory import release_memory
-from peftlab.runs import write_json
+from peftlab.errors import DataError, RecipeError
+from peftlab.experiments.kept_answers import WINDOW, kept_answers
+from peftlab.experiments.written_answers import WrittenAnswer
 from peftlab.tasks import Generates
 from peftlab.teaching.caches import examples_identity
 from peftlab.teaching.capture import TaughtExamples
 from peftlab.teaching.teacher import named_teachers
 from peftlab.training.progress import Progress
-
-# Rows answered before they are stored: an interrupted run repeats at most as many.
-_WINDOW = 256
-_ABOUT = "answers.json"
 
 
 def answered_examples(assembly: Assembly, folder: Path, progress: Progress) -> TaughtExamples:
@@ -79,46 +73,22 @@ def _read_or_write(assembly: Assembly, rows: Rows, folder: Path, progress: Progr
     """The answers in ``folder``, in the order of ``rows``; the missing ones are written there first."""
     (teacher,) = named_teachers(assembly)
     settings = assembly.recipe.eval.model_dump(include={"max_new_tokens", "beams"})
-    about = {**examples_identity(assembly, rows), **teacher.identity(), "settings": settings}
-    path, noted = folder / ROWS_NAME, folder / _ABOUT
-    if noted.is_file() and json.loads(noted.read_text(encoding="utf-8")) != about:
-        raise ArtifactError(
-            f"the answers in {folder} were written by another teacher, for other rows, or with other settings; start over with "
-            "--replace"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(noted, about)
-    answers = _stored(path)
-    if len(answers) == len(rows):
-        progress.note(f"the teacher's answers are read from {path}")
-        return answers
-    progress.stage(f"{teacher.name} answers {len(rows) - len(answers):,} of {len(rows):,} training rows")
-    with path.open("a", encoding="utf-8") as file, run_accelerator(assembly, folder):
-        for answer in _written(assembly, rows, len(answers), progress):
-            file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-            file.flush()
-            answers.append(answer)
-    release_memory()
-    return answers
-
-
-def _stored(path: Path) -> list[WrittenAnswer]:
-    """The stored answers; a last line that a killed process left incomplete is removed."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    try:
-        return [WrittenAnswer(**json.loads(line)) for line in whole.splitlines()]
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}; delete it, and the answers are written again") from error
+    return kept_answers(
+        assembly,
+        folder,
+        about={**examples_identity(assembly, rows), **teacher.identity(), "settings": settings},
+        num_rows=len(rows),
+        write=lambda first: map(asdict, _written(assembly, rows, first, progress)),
+        read=lambda line: WrittenAnswer(**line),
+        what="answers",
+        progress=progress,
+    )
 
 
 def _written(assembly: Assembly, rows: Rows, first: int, progress: Progress) -> Iterator[WrittenAnswer]:
     """Yields the answers to the rows from ``first`` on, in order. They are the teacher's likeliest, so nothing is drawn."""
     (teacher,), recipe = named_teachers(assembly), assembly.recipe
+    progress.stage(f"{teacher.name} answers {len(rows) - first:,} of {len(rows):,} training rows")
     model = teacher.open(progress)
     if model.own_texts:
         raise RecipeError(
@@ -128,8 +98,8 @@ def _written(assembly: Assembly, rows: Rows, first: int, progress: Progress) -> 
         )
     task = cast(Generates, model.task)
     progress.start(len(rows), first)
-    for start in range(first, len(rows), _WINDOW):
-        window = rows.select(range(start, min(start + _WINDOW, len(rows))))
+    for start in range(first, len(rows), WINDOW):
+        window = rows.select(range(start, min(start + WINDOW, len(rows))))
         options: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": recipe.eval.max_new_tokens}
         answers = dict(task.write_answers(model.model, window, batch_tokens=recipe.eval.batch_tokens, **options))
         for i in range(len(window)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,15 @@ from peftlab.tasks.base import Columns, TaskParts
 from peftlab.tasks.batch import example_weights, stacked_labels
 from peftlab.tasks.example import Example
 from peftlab.tasks.outputs import Outputs, cross_entropy
+
+
+def class_config(names: Sequence[str]) -> dict[str, Any]:
+    """Config values of a model with a head for these classes."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,7 @@ class Labels:
     @property
     def model_kwargs(self) -> dict[str, Any]:
         """Config values of a model with a head for these classes."""
-        return {
-            "num_labels": len(self.names),
-            "id2label": dict(enumerate(self.names)),
-            "label2id": {name: i for i, name in enumerate(self.names)},
-        }
+        return class_config(self.names)
 
     @property
     def read_columns(self) -> set[str]:

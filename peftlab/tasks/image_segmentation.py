@@ -21,27 +21,25 @@ from peftlab.data import (
     Rows,
     eval_batches,
     find_pixel_classes,
-    read_images,
     read_masks,
-    size_text,
 )
 from peftlab.errors import DataError
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
 from peftlab.tasks.batch import Batch, example_weights
+from peftlab.tasks.classification import class_config
 from peftlab.tasks.example import Encoded, Example
-from peftlab.tasks.image_cls import as_weights, augmented_text, redrawn
-from peftlab.tasks.inputs import NO_IMAGE, NO_MASK, blank_values, unusable_rows
+from peftlab.tasks.image_rows import NO_IDS, ImageRows
+from peftlab.tasks.inputs import NO_IMAGE, NO_MASK, blank_values
 from peftlab.tasks.outputs import Outputs, at_least_float32, cross_entropy, weighted_sum
-from peftlab.tasks.pixels import by_size, padded_pixels
+from peftlab.tasks.pixels import as_weights, by_size, padded_pixels
 from peftlab.tasks.preview import Preview
 
-_NO_IDS = np.zeros(0, dtype=np.int32)
 # In a batch's map of pixels: no label, and beyond the image.
 _UNKNOWN, _BEYOND = -1, -100
 
 
-class ImageSegmentation:
+class ImageSegmentation(ImageRows):
     """See ``base.Task``.
 
     The scored positions are the labelled pixels of a mask, row by row, at the mask's resolution: a model's logits are
@@ -49,11 +47,10 @@ class ImageSegmentation:
     so that the loss of a step is the mean over all labelled pixels of the step. Without a mask all pixels of the image are scored,
     or those of ``Example.trained`` [H * W].
 
-    Args: reader: turns PIL images into pixel values. classes: what the values of a mask mean.
+    Args: reader, augment: see ``ImageRows``. classes: what the values of a mask mean.
     """
 
     spec = TASKS["image_segmentation"]
-    max_length = None
     # Images of different size run separately.
     padding: Padding = "none"
 
@@ -66,9 +63,8 @@ class ImageSegmentation:
         mask_column: str = "mask",
         augment: Augmentation | None = None,
     ) -> None:
-        self.tokenizer = self.files = reader
-        self.class_names, self._classes = list(classes.names), classes
-        self._image_column, self._mask_column, self._augment = image_column, mask_column, augment
+        super().__init__(reader, image_column=image_column, augment=augment)
+        self.class_names, self._classes, self._mask_column = list(classes.names), classes, mask_column
 
     @classmethod
     def make(cls, parts: TaskParts) -> ImageSegmentation:
@@ -95,11 +91,7 @@ class ImageSegmentation:
         return blank_values(rows, {parts.column("image"): NO_IMAGE} | mask)
 
     def model_kwargs(self) -> dict[str, Any]:
-        return {
-            "num_labels": len(self.class_names),
-            "id2label": dict(enumerate(self.class_names)),
-            "label2id": {name: i for i, name in enumerate(self.class_names)},
-        }
+        return class_config(self.class_names)
 
     def encode(
         self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
@@ -109,16 +101,16 @@ class ImageSegmentation:
         examples, hashes = [], np.zeros(len(rows), dtype=np.int64)
         pixels = np.zeros((len(rows), len(self.class_names)), dtype=np.int64) if labelled else None
         masks = self._masks(rows) if labelled else None
-        for i, (image, digest) in enumerate(read_images(rows, self._image_column, length=length)):
+        for i, (image, digest) in enumerate(self.images(rows)):
             hashes[i] = digest
             if masks is None or pixels is None:
                 width, height = image.size()
-                example = Example(_NO_IDS, i, float(width * height), image=image, scored=width * height)
+                example = Example(NO_IDS, i, float(width * height), image=image, scored=width * height)
             else:
                 mask, pixels[i] = next(masks)
                 _require_one_size(image, mask)
                 count = int(pixels[i].sum())
-                example = Example(_NO_IDS, i, float(count), label=mask, image=image, scored=count)
+                example = Example(NO_IDS, i, float(count), label=mask, image=image, scored=count)
             if keep and example.scored:
                 examples.append(example)
         ledger.add_masks(hashes, np.full(len(rows), length), pixels)
@@ -133,8 +125,7 @@ class ImageSegmentation:
 
     def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
         row = rows.select([index])
-        ((image, _),) = read_images(row, self._image_column, length=self.tokenizer.length)
-        segments = [(size_text(image) + augmented_text(self._augment), "image", False)]
+        segments = [(self.described(self.image(rows, index)), "image", False)]
         if labelled:
             ((_, counts),) = self._masks(row)
             total = max(int(counts.sum()), 1)
@@ -143,7 +134,7 @@ class ImageSegmentation:
         return Preview(rows.where(index), segments)
 
     def redraw(self, example: Example, rng: np.random.Generator) -> Example:
-        changed = redrawn(example, self._augment, rng)
+        changed = super().redraw(example, rng)
         if changed is example or not isinstance(example.label, Mask):
             return changed
         assert changed.image is not None
@@ -152,7 +143,7 @@ class ImageSegmentation:
     def collate(self, examples: list[Example], device: Any) -> Batch:
         """``labels`` [B, H, W]: the class of each pixel, -1 without a label, -100 beyond the image; without masks 0 and -1 say
         which are scored."""
-        inputs = padded_pixels([self._pixels(e) for e in examples])
+        inputs = padded_pixels([self.pixels(e) for e in examples])
         maps = [self._map(e) for e in examples]
         labels = np.full((len(maps), *(max(m.shape[axis] for m in maps) for axis in (0, 1))), _BEYOND, dtype=np.int64)
         for padded, own in zip(labels, maps, strict=True):
@@ -164,12 +155,6 @@ class ImageSegmentation:
             labels=torch.from_numpy(labels).to(device),
         )
 
-    def _pixels(self, example: Example) -> Tensor:
-        """[C, H, W]"""
-        assert example.image is not None
-        pixels: Tensor = self.tokenizer([example.image.pixels(self.tokenizer.mode)])[0]
-        return pixels
-
     def _map(self, example: Example) -> np.ndarray:
         """[H, W] the class of each pixel, or without a mask 0; -1 where nothing is scored."""
         if isinstance(example.label, Mask):
@@ -179,9 +164,6 @@ class ImageSegmentation:
         if example.trained is None:
             return np.zeros((height, width), dtype=np.int64)
         return np.where(example.trained.reshape(height, width), 0, _UNKNOWN)
-
-    def probe(self, ids: np.ndarray) -> Example:
-        raise TypeError("an image has no tokens")
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         outputs = self.outputs(model, batch)
@@ -260,16 +242,8 @@ class ImageSegmentation:
 
     def file_of(self, rows: Rows, index: int) -> Path | None:
         """The file of a row's image; None if the row holds it."""
-        ((image, _),) = read_images(rows.select([index]), self._image_column, length=self.tokenizer.length)
-        return image.source if isinstance(image.source, Path) else None
-
-    def row_from_text(self, text: str) -> dict[str, Any]:
-        """The row for a path."""
-        return {self._image_column: text}
-
-    def unusable(self, rows: Rows) -> dict[int, str]:
-        length = self.tokenizer.length
-        return unusable_rows(rows, lambda part: list(read_images(part, self._image_column, length=length)), column=None)
+        source = self.image(rows, index).source
+        return source if isinstance(source, Path) else None
 
     def no_result(self) -> dict[str, Any]:
         return {"shares": None, "mask": None}
@@ -278,12 +252,11 @@ class ImageSegmentation:
     def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, **_: Any) -> Iterator[dict[str, Any]]:
         """Yields ``{"shares": [{"label", "share"}], "mask"}`` per row: the share of the pixels of each class that is found,
         largest first, and [H, W] uint8 the values of a mask in the size of the given image."""
-        images = read_images(rows, self._image_column, length=self.tokenizer.length)
-        examples = [Example(_NO_IDS, i, 1.0, image=image) for i, (image, _) in enumerate(images)]
+        examples = self.given_images(rows)
         device = next(model.parameters()).device
         for part in eval_batches([len(e) for e in examples], batch_tokens):
             chosen = [examples[i] for i in part]
-            inputs = padded_pixels([self._pixels(e) for e in chosen])
+            inputs = padded_pixels([self.pixels(e) for e in chosen])
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             found = by_size(lambda pixels: model(**as_weights(model, {"pixel_values": pixels})).logits, inputs)
             for example, logits in zip(chosen, found, strict=True):

@@ -15,6 +15,7 @@ from peftlab.data.label_sets import label_columns, label_set_names, read_label_s
 from peftlab.errors import DataError, listed
 from peftlab.tasks.answers import listed_or_none, yes_or_no, yes_or_no_reference, yes_probabilities
 from peftlab.tasks.base import Columns, TaskParts
+from peftlab.tasks.classification import class_config
 from peftlab.tasks.example import Example
 from peftlab.tasks.outputs import Outputs, cross_entropy
 
@@ -70,12 +71,7 @@ class LabelSets:
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        return {
-            "num_labels": len(self.names),
-            "id2label": dict(enumerate(self.names)),
-            "label2id": {name: i for i, name in enumerate(self.names)},
-            "problem_type": "multi_label_classification",
-        }
+        return class_config(self.names) | {"problem_type": "multi_label_classification"}
 
     def texts(self, rows: Rows) -> list[str]:
         return [listed_or_none(labels) for labels in self._read(rows)]

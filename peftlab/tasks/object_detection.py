@@ -10,36 +10,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftlab.data import Augmentation, Image, Ledger, Objects, Rows, eval_batches, read_images, read_objects, size_text
+from peftlab.data import Augmentation, Image, Ledger, Objects, Rows, eval_batches, read_objects
 from peftlab.errors import DataError, RecipeError
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
 from peftlab.tasks.batch import Batch, example_weights, stacked_labels
+from peftlab.tasks.classification import class_config
 from peftlab.tasks.detection_loss import DetectionLoss
 from peftlab.tasks.example import Encoded, Example
-from peftlab.tasks.image_cls import as_weights, augmented_text
-from peftlab.tasks.inputs import NO_IMAGE, blank_values, unusable_rows
+from peftlab.tasks.image_rows import NO_IDS, ImageRows
+from peftlab.tasks.inputs import NO_IMAGE, blank_values
 from peftlab.tasks.outputs import Outputs, at_least_float32, weighted_sum
-from peftlab.tasks.pixels import by_size, padded_pixels
+from peftlab.tasks.pixels import as_weights, by_size, padded_pixels
 from peftlab.tasks.preview import Preview
 
-_NO_IDS = np.zeros(0, dtype=np.int32)
 # COCO's metric looks at so many objects of an image.
 _MOST_FOUND = 100
 _MOST_SHOWN = 5
 
 
-class ObjectDetection:
+class ObjectDetection(ImageRows):
     """See ``base.Task``.
 
     The scored positions are the queries of an image; each has a vector of its class logits and its box (center, width and
     height as shares of the image). The label of an example is [M, 5]: class and box of its objects.
 
-    Args: reader: turns PIL images into pixel values. min_score: the least score of an object in a prediction.
+    Args: reader, augment: see ``ImageRows``. min_score: the least score of an object in a prediction.
     """
 
     spec = TASKS["object_detection"]
-    max_length = None
     # Images of different size run separately: some families see the padding, and others get other boxes from it.
     padding: Padding = "none"
 
@@ -55,10 +54,10 @@ class ObjectDetection:
         augment: Augmentation | None = None,
         min_score: float = 0.5,
     ) -> None:
-        self.tokenizer = self.files = reader
+        super().__init__(reader, image_column=image_column, augment=augment)
         self.class_names, self._loss = names, loss
-        self._image_column, self._objects_column = image_column, objects_column
-        self._label_names, self._augment, self._min_score = dict(label_names or {}), augment, min_score
+        self._objects_column, self._label_names = objects_column, dict(label_names or {})
+        self._min_score = min_score
 
     @classmethod
     def make(cls, parts: TaskParts) -> ObjectDetection:
@@ -92,11 +91,7 @@ class ObjectDetection:
         return blank_values(rows, {parts.column("image"): NO_IMAGE})
 
     def model_kwargs(self) -> dict[str, Any]:
-        return {
-            "num_labels": len(self.class_names),
-            "id2label": dict(enumerate(self.class_names)),
-            "label2id": {name: i for i, name in enumerate(self.class_names)},
-        }
+        return class_config(self.class_names)
 
     def encode(
         self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
@@ -104,11 +99,11 @@ class ObjectDetection:
         ledger = Ledger(rows, None, max_length=max_length, too_long=too_long, style="images")
         objects = self._objects(rows) if labelled else None
         examples, hashes = [], np.zeros(len(rows), dtype=np.int64)
-        for i, (image, digest) in enumerate(read_images(rows, self._image_column, length=self.tokenizer.length)):
+        for i, (image, digest) in enumerate(self.images(rows)):
             hashes[i] = digest
             label = None if objects is None else self._label(objects[i], image)
             if keep:
-                examples.append(Example(_NO_IDS, i, 1.0, label=label, image=image, scored=self._loss.num_queries))
+                examples.append(Example(NO_IDS, i, 1.0, label=label, image=image, scored=self._loss.num_queries))
         ledger.add_whole(hashes, np.full(len(rows), self.tokenizer.length))
         return Encoded(examples, ledger)
 
@@ -137,8 +132,7 @@ class ObjectDetection:
 
     def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
         row = rows.select([index])
-        ((image, _),) = read_images(row, self._image_column, length=self.tokenizer.length)
-        segments = [(size_text(image) + augmented_text(self._augment), "image", False)]
+        segments = [(self.described(self.image(rows, index)), "image", False)]
         if labelled:
             (objects,) = self._objects(row)
             shown = zip(objects.categories[:_MOST_SHOWN], objects.boxes, strict=False)
@@ -149,35 +143,26 @@ class ObjectDetection:
         return Preview(rows.where(index), segments)
 
     def redraw(self, example: Example, rng: np.random.Generator) -> Example:
-        if self._augment is None:
+        changed = super().redraw(example, rng)
+        if changed is example:
             return example
-        image, label = example.image, example.label
-        assert image is not None and isinstance(label, np.ndarray)
-        change = self._augment.draw(rng)
-        width, height = image.size()
+        assert example.image is not None and changed.image is not None and isinstance(example.label, np.ndarray)
+        (width, height), change, label = example.image.size(), changed.image.change, example.label
+        assert change is not None
         moved, kept = change.boxes(_corners(label, width, height), width, height)
         left, top, right, bottom = change.box(width, height)
         label = _relative(label[kept, 0], moved, right - left, bottom - top)
-        return dataclasses.replace(example, image=dataclasses.replace(image, change=change), label=label)
+        return dataclasses.replace(changed, label=label)
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
         """Images of one size are one tensor [B, C, H, W]; others are padded at their ends, with a mask [B, H, W]."""
-        inputs = padded_pixels([self._pixels(e) for e in examples])
+        inputs = padded_pixels([self.pixels(e) for e in examples])
         return Batch(
             inputs={name: tensor.to(device) for name, tensor in inputs.items()},
             weights=example_weights(examples, device),
             examples=tuple(examples),
             labels=stacked_labels(examples, device),
         )
-
-    def _pixels(self, example: Example) -> Tensor:
-        """[C, H, W]"""
-        assert example.image is not None
-        pixels: Tensor = self.tokenizer([example.image.pixels(self.tokenizer.mode)])[0]
-        return pixels
-
-    def probe(self, ids: np.ndarray) -> Example:
-        raise TypeError("an image has no tokens")
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         outputs = self.outputs(model, batch)
@@ -265,16 +250,7 @@ class ObjectDetection:
 
     def image_of(self, rows: Rows) -> Any:
         """The ``PIL.Image`` of the first of ``rows``."""
-        image, _ = next(read_images(rows, self._image_column, length=self.tokenizer.length))
-        return image.pixels(self.tokenizer.mode)
-
-    def row_from_text(self, text: str) -> dict[str, Any]:
-        """The row for a path."""
-        return {self._image_column: text}
-
-    def unusable(self, rows: Rows) -> dict[int, str]:
-        length = self.tokenizer.length
-        return unusable_rows(rows, lambda part: list(read_images(part, self._image_column, length=length)), column=None)
+        return self.image(rows, 0).pixels(self.tokenizer.mode)
 
     def no_result(self) -> dict[str, Any]:
         return {"objects": None}
@@ -283,8 +259,7 @@ class ObjectDetection:
     def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, **_: Any) -> Iterator[dict[str, Any]]:
         """Yields ``{"objects": [{"label", "score", "box"}]}`` per row, likeliest first: those with at least the least score. A
         box is left, top, right and bottom in pixels of the given image."""
-        images = read_images(rows, self._image_column, length=self.tokenizer.length)
-        examples = [Example(_NO_IDS, i, 1.0, image=image) for i, (image, _) in enumerate(images)]
+        examples = self.given_images(rows)
         device = next(model.parameters()).device
         for part in eval_batches([len(e) for e in examples], batch_tokens):
             chosen = [examples[i] for i in part]

@@ -1,11 +1,11 @@
-"""Images of different size in one batch, each of which runs through the model without padding."""
+"""Pixel values of images, also of different size in one batch, each of which runs through the model without padding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def padded_pixels(pixels: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -33,3 +33,9 @@ def by_size(call: Callable[[Tensor], Tensor], inputs: Mapping[str, Tensor]) -> l
         chosen = ((sizes[:, 0] == height) & (sizes[:, 1] == width)).nonzero()[:, 0]
         outputs |= zip(chosen.tolist(), call(pixels[chosen, :, :height, :width]), strict=True)
     return [outputs[i] for i in range(len(pixels))]
+
+
+def as_weights(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pixel values in the dtype of the model's weights, which convolutions require."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return {name: value.to(dtype) for name, value in inputs.items()}

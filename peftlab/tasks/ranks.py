@@ -19,7 +19,7 @@ from peftlab.data import Ledger, Rows, read_labels
 from peftlab.errors import DataError, RecipeError, listed
 from peftlab.tasks.answers import yes_or_no, yes_or_no_reference, yes_probabilities
 from peftlab.tasks.base import Columns, TaskParts
-from peftlab.tasks.classification import Labels
+from peftlab.tasks.classification import Labels, class_config
 from peftlab.tasks.example import Example
 from peftlab.tasks.outputs import Outputs, cross_entropy
 
@@ -72,12 +72,7 @@ class Ranks:
     def model_kwargs(self) -> dict[str, Any]:
         """The outputs of the model are the decisions, named after the class that a row is above."""
         above = [f"above {name}" for name in self.names[:-1]]
-        return {
-            "num_labels": len(above),
-            "id2label": dict(enumerate(above)),
-            "label2id": {name: i for i, name in enumerate(above)},
-            "problem_type": "multi_label_classification",
-        }
+        return class_config(above) | {"problem_type": "multi_label_classification"}
 
     def texts(self, rows: Rows) -> list[str]:
         return self.labels.texts(rows)

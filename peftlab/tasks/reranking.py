@@ -23,6 +23,7 @@ from peftlab.tasks.batch import (
     padded_inputs,
     stacked_labels,
 )
+from peftlab.tasks.classification import class_config
 from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.inputs import NO_SCORE, blank_values, cut_note, empty_role
 from peftlab.tasks.outputs import Outputs, cross_entropy, weighted_sum
@@ -84,7 +85,7 @@ class Reranking:
         return blank_values(rows, texts | ({parts.column("score"): NO_SCORE} if labelled else {}))
 
     def model_kwargs(self) -> dict[str, Any]:
-        return {"num_labels": 1, "id2label": {0: "relevant"}, "label2id": {"relevant": 0}}
+        return class_config(["relevant"])
 
     def encode(
         self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True

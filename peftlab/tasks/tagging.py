@@ -20,6 +20,7 @@ from peftlab.errors import DataError, listed
 from peftlab.specs.task_spec import TaskSpec
 from peftlab.tasks.base import Columns, Padding, TaskParts
 from peftlab.tasks.batch import Batch, by_length, collate, of_one_length, padded_inputs
+from peftlab.tasks.classification import class_config
 from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.inputs import cut_note, unusable_rows
 from peftlab.tasks.outputs import Outputs, cross_entropy, weighted_sum
@@ -89,11 +90,7 @@ class TokenClassification(ABC):
         return cls._annotations_of(parts).blank_rows(rows, labelled=labelled)
 
     def model_kwargs(self) -> dict[str, Any]:
-        return {
-            "num_labels": len(self.class_names),
-            "id2label": dict(enumerate(self.class_names)),
-            "label2id": dict(self._index),
-        }
+        return class_config(self.class_names)
 
     def encode(
         self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True

@@ -176,7 +176,7 @@ def test_unfinished_answers_are_continued_and_those_of_others_refused(here: Path
     assert (part / "rows.jsonl").read_text() == text
     assert len(taught.train.examples) <= 12
     (part / "answers.json").write_text(about.replace('"max_new_tokens": 6', '"max_new_tokens": 7'))
-    with pytest.raises(ArtifactError, match="written by another teacher, for other rows, or with other settings"):
+    with pytest.raises(ArtifactError, match="come from another teacher, other rows or other settings"):
         taught_answers.answered_examples(assembly, part, SilentProgress())
 
 

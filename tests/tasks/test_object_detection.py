@@ -16,9 +16,12 @@ from peftlab.api.check import check
 from peftlab.api.evaluate import evaluate
 from peftlab.api.predict import predict
 from peftlab.api.train import train
+from peftlab.assembly import Assembly
 from peftlab.data import Augmentation, Rows, load_rows
-from peftlab.errors import DataError, Interrupted, RecipeError, VerificationError
+from peftlab.errors import ArtifactError, DataError, Interrupted, RecipeError, VerificationError
+from peftlab.experiments.found_objects import found_examples
 from peftlab.models import find_pretrained, load_image_reader
+from peftlab.recipe import load_recipe
 from peftlab.tasks.detection_loss import RULES, DetectionLoss
 from peftlab.tasks.object_detection import ObjectDetection
 from peftlab.training.parity import check_parity
@@ -71,7 +74,7 @@ def test_loss_and_gradient_of_an_image_equal_transformers(name: str) -> None:
     for example in task.encode(mixed_rows(), **OPTIONS).examples:
         assert isinstance(example.label, np.ndarray)
         classes, boxes = torch.from_numpy(example.label[:, 0]).long(), torch.from_numpy(example.label[:, 1:]).float()
-        pixels = task._pixels(example)[None]
+        pixels = task.pixels(example)[None]
         theirs = model(pixel_values=pixels, labels=[{"class_labels": classes, "boxes": boxes}]).loss
         ours = task.loss_sum(model, task.collate([example], "cpu"))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -392,7 +395,18 @@ def test_student_learns_from_the_boxes_of_its_teacher(tmp_path: Path, monkeypatc
     theirs = evaluate("teacher", overrides=["data.eval=shapes:60:test"], progress=SilentProgress())["metrics"]
     assert values["map"]["teacher"]["value"] == pytest.approx(theirs["map"], abs=1e-6)
     assert values["map_50"]["student"]["n"] == 11
-    # A run that is stopped keeps the boxes; another threshold is another run.
+    # A search that is killed inside a line goes on to the same file, and another threshold is another search.
+    text, about_answers = (Path("student/answers", name).read_text() for name in ("rows.jsonl", "answers.json"))
+    Path("part").mkdir()
+    Path("part/answers.json").write_text(about_answers)
+    Path("part/rows.jsonl").write_text(text[: len(text) // 2])
+    found_examples(Assembly(load_recipe(document), transfer=True), Path("part"), SilentProgress())
+    assert Path("part/rows.jsonl").read_text() == text
+    document["eval"]["min_score"] = 0.2
+    with pytest.raises(
+        ArtifactError, match="the boxes in part come from another teacher, other rows or other settings"
+    ):
+        found_examples(Assembly(load_recipe(document), transfer=True), Path("part"), SilentProgress())
     document["eval"]["min_score"] = 0.9
     with pytest.raises(DataError, match=r"found no object with a score of 0.9 in 16 images; lower eval.min_score"):
         peftlab.distill({**document, "run": {"dir": "other", "device": "cpu"}}, progress=SilentProgress())
