@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftlab.specs.heads import head_modules
 from peftlab.tasks.lm_head import base_of, input_of
 from peftlab.tasks.outputs import OutputHead, Outputs
 
@@ -22,8 +23,8 @@ class MaskedHead:
     Heads differ (a transform and a decoder, or layers written into the model's forward), so the model's own code runs, and a
     hook takes the input of the output layer, which then computes a single position. The layers before it see all positions:
     they are a small part of the work, and their dropout masks are then those of the model's own forward. The first call
-    compares the logits with the model's own. Where they differ (MobileBERT does not call its output layer), the model's own
-    logits of all positions are computed.
+    compares the logits with the model's own. Where they differ (MobileBERT does not call its output layer), or can differ when
+    they are trained (ESM adds a bias after it), the model's own logits of all positions are computed.
 
     Args: head_loss: as for ``LMHead``.
     """
@@ -58,7 +59,7 @@ class MaskedHead:
         """Whether the output layer's input gives the model's own logits."""
         row = {name: value[:1, :_VERIFIED_TOKENS] for name, value in inputs.items()}
         layer = base.get_output_embeddings()
-        if layer is None:
+        if layer is None or _adds_to_logits(base, layer):
             return False
         modes = {module: module.training for module in base.modules()}
         base.eval()
@@ -74,3 +75,11 @@ class MaskedHead:
         if ours is None or ours.shape != want.shape:
             return False
         return float((ours - want).abs().max()) <= 0.01 * max(float(want.abs().max()), 1.0)
+
+
+def _adds_to_logits(base: Any, layer: nn.Module) -> bool:
+    """Whether the head has a parameter outside its layers that is not one of the output layer: ESM's bias, which is 0 at first."""
+    known = {id(parameter) for parameter in layer.parameters()}
+    inside = [module for name in head_modules(base) for module in base.get_submodule(name).modules()]
+    bare = [p for module in inside if any(module.children()) for p in module.parameters(recurse=False)]
+    return any(id(parameter) not in known for parameter in bare)

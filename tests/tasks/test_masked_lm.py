@@ -14,6 +14,7 @@ from peftlab.errors import DataError, RecipeError
 from peftlab.tasks import Example
 from peftlab.tasks.masked_head import MaskedHead
 from peftlab.tasks.masked_lm import MaskedLM
+from tests.family_examples import FILLERS, make_config, make_model
 from tests.masked_examples import make_bert, masked_tokenizer, rows_of
 
 TEXTS = ["a red cat", "the cow sleeps in the green grass", "dog", "blue cat runs", "x" * 50, "a dog and a cow run"]
@@ -46,9 +47,17 @@ def labels_of(task: MaskedLM, examples: list[Example]) -> dict[str, torch.Tensor
     return inputs
 
 
-@pytest.mark.parametrize("head_loss", ["auto", "reference"])
-def test_loss_and_gradients_equal_transformers_own(tokenizer: Any, head_loss: str) -> None:
-    task, model = make_task(tokenizer, head_loss=HeadLoss(head_loss)), make_bert().double()
+@pytest.mark.parametrize(
+    ("family", "head_loss"), [("BertConfig", "auto"), ("BertConfig", "reference"), ("EsmConfig", "auto")]
+)
+def test_loss_and_gradients_equal_transformers_own(tokenizer: Any, family: str, head_loss: str) -> None:
+    """ESM has a bias beside its output layer, which is 0 at first, so that only its gradient shows it."""
+    model = (
+        make_bert()
+        if family == "BertConfig"
+        else make_model(make_config(family, FILLERS), "AutoModelForMaskedLM").eval()
+    )
+    task, model = make_task(tokenizer, head_loss=HeadLoss(head_loss)), model.double()
     examples = encode(task, TEXTS).examples
     total = sum(e.weight for e in examples)
     (task.loss_sum(model, task.collate(examples, "cpu")) / total).backward()
@@ -74,7 +83,7 @@ def test_targets_that_the_model_sees_are_caught(tokenizer: Any, monkeypatch: pyt
 
     monkeypatch.setattr(MaskedLM, "collate", wrong)
     with pytest.raises(AssertionError):
-        test_loss_and_gradients_equal_transformers_own(tokenizer, "auto")
+        test_loss_and_gradients_equal_transformers_own(tokenizer, "BertConfig", "auto")
 
 
 @pytest.mark.parametrize(("grouping", "batch_size"), [("none", 1), ("none", 3), ("step", 2), ("step", 4)])
@@ -142,7 +151,7 @@ def test_head_without_an_output_layer_of_its_own_gives_logits(tokenizer: Any) ->
 
 
 def test_output_layer_whose_result_is_changed_is_not_used(tokenizer: Any) -> None:
-    """ESM adds a bias to what its output layer gives."""
+    """Something that only the logits show, such as the bias of a trained ESM."""
     model = make_bert()
     model.cls.predictions.register_forward_hook(lambda m, a, out: out + torch.linspace(-3, 3, 260))
     task = make_task(tokenizer)
