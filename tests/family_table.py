@@ -76,7 +76,8 @@ layers, of which a note says so, are trained on their convolutions.
 - **train**: the recipe trains.
 - **eval again**: `peftlab eval` in a new process finds the loss that training ended with.
 - **plain PEFT**: transformers and PEFT alone open the adapter and give the same outputs.
-- **merge**: the merged folder gives the outputs that were trained.
+- **merge**: the merged folder gives the outputs that were trained, and `peftlab eval` finds in it the
+  loss that training ended with.
 - **batch = alone**: a row gives the same outputs in a batch and alone.
 - **resume**: a run that is stopped and resumed ends with the same bytes.
 - **nf4**, **int8**: the recipe with `model.quantize` trains, and a second look at the run finds the
@@ -144,7 +145,9 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str, str]
     examples = opened.target.assembly(reads_data=True).held_out.examples[:4]
     row.cells["plain PEFT"] = _yes(_difference(opened, examples, _plain_peft(task)) < _CLOSE, "other outputs")
     row.cells["batch = alone"] = _yes(_difference(opened, examples) < _CLOSE, "other outputs")
-    row.cells["merge"] = _yes(peftlab.merge("run", progress=SilentProgress())["verified"], "not verified")
+    verified = peftlab.merge("run", progress=SilentProgress())["verified"]
+    same_again = abs(evaluate("run/merged", metric) - value) < _CLOSE * value
+    row.cells["merge"] = _yes(verified and same_again, "not verified" if not verified else f"other {metric}")
     document = family_recipe(task, run={"dir": "other", "save_every": 2})
     try:
         peftlab.train(document, progress=Stopper(at=3))
