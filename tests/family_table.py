@@ -76,8 +76,8 @@ layers, of which a note says so, are trained on their convolutions.
 - **train**: the recipe trains.
 - **eval again**: `peftlab eval` in a new process finds the loss that training ended with.
 - **plain PEFT**: transformers and PEFT alone open the adapter and give the same outputs.
-- **merge**: the merged folder gives the outputs that were trained, and `peftlab eval` finds in it the
-  loss that training ended with.
+- **merge**: the merged folder gives the outputs that were trained, and `peftlab eval` finds in it
+  the loss that training ended with.
 - **batch = alone**: a row gives the same outputs in a batch and alone.
 - **resume**: a run that is stopped and resumed ends with the same bytes.
 - **nf4**, **int8**: the recipe with `model.quantize` trains, and a second look at the run finds the
