@@ -39,11 +39,11 @@ _MOST_SHAPES = 100_000
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
 _TEST_BYTES = 64
-# The end of a signature and the string alone on the next line, or the string at the start of a file. Parsing syntax trees
-# of torch and transformers would take half a minute instead of a second.
-_DOCSTRING = re.compile(
-    r'(?:\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)*|:[ \t]*(?:#[^\n]*)?\n[ \t]+)[rRuU]{0,2}"""(.+?)"""', re.DOTALL
-)
+_QUOTES = '"""'
+# What stands before the quotes of a docstring: comments at the start of a file, or the end of a signature on the line
+# before. Parsing syntax trees of torch and transformers would take half a minute instead of a second.
+_AT_START = re.compile(r"(?:[ \t]*#[^\n]*\n|[ \t]*\n)*[rRuU]{0,2}\Z")
+_AFTER_SIGNATURE = re.compile(r":[ \t]*(?:#[^\n]*)?\n[ \t]+[rRuU]{0,2}\Z")
 _FEWEST_WORDS = 5
 _HAS_PARAMETERS = "Parameters\n"
 # Other ways to write a package's name than its import name.
@@ -197,7 +197,7 @@ def _docstrings(name: str, packages: str, key: str) -> tuple[Rows, list[bytes]]:
     return dataclasses.replace(rows, name=name), contents
 
 
-# Distillation loads its rows a dozen times, in parts and under several keys; reading 100 MB of sources takes five seconds.
+# Distillation loads its rows a dozen times.
 @functools.lru_cache(maxsize=2)
 def _search(folders: tuple[tuple[str, Path], ...]) -> tuple[Rows, list[bytes]]:
     """Rows in the order of the packages, of their files' paths, and of the lines."""
@@ -288,14 +288,37 @@ def _docstrings_of(packages: str, key: str) -> Iterator[tuple[str, int, str]]:
         yield from _docstrings_in(folder)
 
 
-def _docstrings_in(folder: Path) -> Iterator[tuple[str, int, str]]:
+# A run reads its rows several times, in parts and under several keys.
+@functools.lru_cache(maxsize=16)
+def _docstrings_in(folder: Path) -> list[tuple[str, int, str]]:
     """``(file, line, text)`` of each docstring."""
+    found = []
     for file in sorted(folder.rglob("*.py")):
         source = file.read_text(encoding="utf-8", errors="replace")
         line, counted = 1, 0
-        for match in _DOCSTRING.finditer(source) if '"""' in source else ():
-            line, counted = line + source.count("\n", counted, match.start(1)), match.start(1)
-            yield str(file), line, match[1].replace("\\\n", "\n").strip()
+        for start, end in _docstring_places(source):
+            line, counted = line + source.count("\n", counted, start), start
+            found.append((str(file), line, source[start:end].replace("\\\n", "\n").strip()))
+    return found
+
+
+def _docstring_places(source: str) -> Iterator[tuple[int, int]]:
+    """Where the text between the quotes of each docstring begins and ends."""
+    done, quotes = 0, source.find(_QUOTES)
+    while quotes >= 0:
+        own_line = source.rfind("\n", done, quotes)
+        line_before = source.rfind("\n", done, max(done, own_line))
+        before = source[max(done, line_before) : quotes]
+        if not (_AFTER_SIGNATURE.search(before) or (not done and _AT_START.match(source[:quotes]))):
+            quotes = source.find(_QUOTES, quotes + 1)
+            continue
+        start = quotes + len(_QUOTES)
+        end = source.find(_QUOTES, start + 1)
+        if end < 0:
+            return
+        yield start, end
+        done = end + len(_QUOTES)
+        quotes = source.find(_QUOTES, done)
 
 
 def _masking(packages: tuple[str, ...]) -> Callable[[str], str]:

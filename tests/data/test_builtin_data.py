@@ -101,10 +101,11 @@ def test_docstrings_data_equals_the_syntax_tree() -> None:
     wanted = set()
     for file in Path(accelerate.__file__).parent.rglob("*.py"):
         source = file.read_text()
+        lines = source.split("\n")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = " ".join((ast.get_docstring(node) or "").strip().split("\n\n")[0].split())
-                if len(text.split()) >= 5 and '"""' in str(ast.get_source_segment(source, node.body[0])):
+                if len(text.split()) >= 5 and '"""' in lines[node.body[0].lineno - 1]:
                     wanted.add(text.lower().replace("accelerate", "package"))
     texts = {text.lower() for text in load_rows("docstrings:accelerate").columns["text"]}
     assert len(wanted) > 400
