@@ -355,6 +355,11 @@ class Assembly:
         return self._reading(self.pretrained, self.reader).num_embeddings
 
     @property
+    def most_tokens(self) -> int:
+        """The longest input in tokens that the model's positions and its tokenizer allow."""
+        return self._reading(self.pretrained, self.reader).most_tokens
+
+    @property
     def target_limit(self) -> int:
         """The longest target in tokens that the model's decoder writes."""
         limit = self._reading(self.pretrained, self.reader).target_limit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftlab.errors import RecipeError
-from peftlab.models import UNLIMITED, model_max_length
+from peftlab.models import UNLIMITED
 
 if TYPE_CHECKING:
     from peftlab.assembly.assembly import Assembly
@@ -49,5 +49,5 @@ def _prompt_tokens(assembly: Assembly) -> int:
 
 def _own_tokens(assembly: Assembly) -> int:
     """Maximum number of a row's own tokens that the model's files and the adapter allow."""
-    allowed = model_max_length(assembly.pretrained, assembly.reader)
+    allowed = assembly.most_tokens
     return allowed if allowed == UNLIMITED else allowed - _prompt_tokens(assembly)
