@@ -272,7 +272,7 @@ def test_docstring_questions_beats_its_baseline(tmp_path: Path) -> None:
     recipe = load_recipe("docstring-questions").recipe
     assert recipe.data.eval is not None
     simple = text_baselines.frequent_answers(load_rows(recipe.data.train), load_rows(recipe.data.eval, key="data.eval"))
-    assert simple["none_exact"] == pytest.approx(0.535) and simple["frequent_f1"] == pytest.approx(0.3665, abs=1e-3)
+    assert simple["none_exact"] == pytest.approx(0.535) and simple["frequent_f1"] == pytest.approx(0.3529, abs=1e-3)
     summary, _, _ = _measured("docstring-questions", tmp_path)
     after = summary["after"]
     assert isinstance(after, dict)
@@ -294,13 +294,14 @@ def test_docstring_reranking_beats_its_baselines(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_word_feelings_beat_their_baseline(tmp_path: Path) -> None:
-    simple = text_baselines.tfidf_labels(*_parts("word-feelings"), column="feelings")
+def test_word_feelings_beat_their_baselines(tmp_path: Path) -> None:
+    letters = text_baselines.tfidf_labels(*_parts("word-feelings"), column="feelings")
+    vectors = text_baselines.minilm_labels(*_parts("word-feelings"), column="feelings")
     summary, _, _ = _measured("word-feelings", tmp_path)
     after = summary["after"]
     assert isinstance(after, dict)
-    assert after["labels_f1_micro"] >= simple["micro"] + 0.1
-    assert after["labels_f1"] >= simple["macro"] + 0.1
+    for metric, average in (("labels_f1_micro", "micro"), ("labels_f1_macro", "macro")):
+        assert after[metric] > vectors[average] > letters[average] + 0.1
 
 
 def _parts(name: str) -> tuple[Rows, Rows]:
