@@ -71,3 +71,14 @@ class Interrupted(PeftlabError):
     """Stopped by Ctrl-C after saving a checkpoint; the message says how to resume."""
 
     exit_code = 130
+
+
+class FailedElsewhere(PeftlabError):
+    """The first of several processes failed, and has said why; the others end with its exit code.
+
+    Args: message: that of the first process.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

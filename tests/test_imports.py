@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # The left unit may import the right ones. "<root>" is peftlab/__init__.py; "recipe.shipped" allows only that module.
-_GROUND = {"errors", "specs", "paths", "ops", "formatting"}
+_GROUND = {"errors", "specs", "paths", "ops", "formatting", "ranks"}
 _COMPONENTS = {"data", "models", "tasks", "evaluation", "adapters", "distillation", "measuring", "training"}
 _ASSEMBLED = {*_GROUND, *_COMPONENTS, "recipe", "runs", "assembly"}
 ALLOWED: dict[str, set[str]] = {
@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "paths": {"errors"},
     "ops": {"errors"},
     "formatting": {"specs"},
+    "ranks": {"errors"},
     "recipe": {"errors", "specs"},
     "data": {"errors", "specs", "paths", "formatting"},
     "models": {"errors", "specs", "paths"},
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "distillation": {"errors", "specs", "ops"},
     "measuring": {"errors", "specs", "paths", "ops", "models"},
     "tasks": {"errors", "specs", "data"},
-    "evaluation": {"errors", "specs", "data", "measuring"},
+    "evaluation": {"errors", "specs", "data", "measuring", "ranks"},
     "training": {*_GROUND, *_COMPONENTS} - {"training"},
     "runs": {"errors", "recipe", "training"},
     "assembly": _ASSEMBLED - {"assembly"},
@@ -41,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "specs",
         "formatting",
+        "ranks",
         "recipe.shipped",
         "recipe.load",
         "api",

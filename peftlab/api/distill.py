@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peftlab import ranks
 from peftlab.assembly import Assembly
-from peftlab.assembly.checks import check_settings
-from peftlab.assembly.process import located, prepare_libraries
+from peftlab.assembly.checks import check_launch, check_settings
+from peftlab.assembly.process import located, pick_device, prepare_libraries
 from peftlab.errors import RecipeError
 from peftlab.experiments.arms import Distillation
 from peftlab.measuring.memory import frozen_heap
@@ -54,12 +55,14 @@ def distill(
             raise RecipeError(
                 f"{loaded.name} has no section distill, which names the teacher; to train without a teacher: peftlab train"
             )
-        folder = folder or choose_folder(loaded, resume=resume, replace=replace)
+        ranks.join(pick_device(loaded.recipe.run.device))
+        folder = folder or ranks.on_first(lambda: choose_folder(loaded, resume=resume, replace=replace))
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
             check_unfinished(folder)
         assembly = Assembly(loaded, transfer=True)
         check_settings(assembly)
+        check_launch(assembly)
         distillation = Distillation(assembly, folder, progress, resume=resume)
         distillation.run(distillation.check(), replace=replace)
     return open_run(folder)

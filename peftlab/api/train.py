@@ -7,10 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peftlab import ranks
 from peftlab.assembly import Assembly
-from peftlab.assembly.checks import check_settings
-from peftlab.assembly.fit import complete, fit
-from peftlab.assembly.process import located, prepare_libraries
+from peftlab.assembly.checks import check_launch, check_settings
+from peftlab.assembly.finish import complete
+from peftlab.assembly.fit import fit
+from peftlab.assembly.process import located, pick_device, prepare_libraries
 from peftlab.errors import RecipeError
 from peftlab.experiments.self_training import self_train
 from peftlab.measuring.memory import frozen_heap
@@ -50,7 +52,8 @@ def train(
             progress.note(line)
         if loaded.recipe.distill is not None:
             raise RecipeError("this recipe names a teacher; run peftlab distill, or remove the section", key="distill")
-        folder = folder or choose_folder(loaded, resume=resume, replace=replace)
+        ranks.join(pick_device(loaded.recipe.run.device))
+        folder = folder or ranks.on_first(lambda: choose_folder(loaded, resume=resume, replace=replace))
         checkpoint, in_rounds = None, loaded.recipe.train.self_training is not None
         if resume:
             stored = open_run(folder).recipe()
@@ -68,11 +71,12 @@ def train(
             )
         assembly = Assembly(loaded)
         check_settings(assembly)
+        check_launch(assembly)
         if in_rounds:
             return self_train(assembly, folder, progress, resume=resume, replace=replace)
         if resume and loaded.recipe.lock is None:
             for line in check_lock(stored, fingerprints=assembly.fingerprints, resumed=True):
                 progress.note(line)
         if resume and checkpoint is None:
-            return complete(assembly, folder, progress)
+            return ranks.on_first(lambda: complete(assembly, folder, progress))
         return fit(assembly, folder, progress, checkpoint=checkpoint, replace=replace)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from peftlab.assembly.assembly import Assembly
+from peftlab.ranks import WAIT
 
 
 @contextlib.contextmanager
@@ -18,7 +19,7 @@ def run_accelerator(assembly: Assembly, folder: Path) -> Iterator[Any]:
     """Yields an Accelerator for this run, with its seeds and deterministic mode set."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import set_seed
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
 
     recipe = assembly.recipe
     if AcceleratorState._shared_state:  # an earlier run in this process may have used another precision
@@ -28,6 +29,7 @@ def run_accelerator(assembly: Assembly, folder: Path) -> Iterator[Any]:
         cpu=assembly.device == "cpu",
         log_with=list(recipe.run.log) or None,
         project_dir=str(folder),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
     before = torch.are_deterministic_algorithms_enabled()
     set_seed(recipe.run.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from peftlab.assembly.assembly import Assembly
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.evaluation.metrics import check_metrics
 from peftlab.paths import existing_folder
+from peftlab.ranks import num_ranks
 from peftlab.specs.kernels import KERNEL_MODES
 
 
@@ -30,6 +32,34 @@ def check_settings(assembly: Assembly) -> None:
     for name in recipe.run.log:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(f"{name} is not installed; run: pip install 'peftlab[{name}]'", key="run.log")
+
+
+def check_launch(assembly: Assembly) -> None:
+    """Checks that a launch of several processes can do what the recipe asks. Raises: RecipeError."""
+    if num_ranks() == 1:
+        return
+    recipe, distill = assembly.recipe, assembly.recipe.distill
+    for variable, name in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        if _is_set(f"ACCELERATE_USE_{variable}"):
+            raise RecipeError(f"{name} is not supported; launch with --multi_gpu (DDP) or --use_fsdp --fsdp_version 2")
+    if recipe.train.self_training is not None:
+        check_one_process("self-training", key="train.self_training")
+    if recipe.train.batch_norm == "trained":
+        check_one_process("training the statistics of BatchNorm", key="train.batch_norm", remedy="set it to frozen")
+    if distill is not None and distill.on_policy is not None:
+        check_one_process("on-policy distillation", key="distill.on_policy")
+    if distill is not None and distill.answers != "data":
+        check_one_process("training on the teacher's answers", key="distill.answers")
+
+
+def check_one_process(what: str, *, key: str, remedy: str = "start it without accelerate launch or torchrun") -> None:
+    """Raises RecipeError for work that one process does, in a launch of several."""
+    if num_ranks() > 1:
+        raise RecipeError(f"{what} runs in one process, but the launch has {num_ranks()}; {remedy}", key=key)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1")
 
 
 def check_room_to_answer(max_new_tokens: int, assembly: Assembly, *, key: str | None = None) -> None:

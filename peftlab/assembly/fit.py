@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import shlex
+import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 
 from peftlab.adapters import load_state, save_trained
 from peftlab.assembly.accelerator import run_accelerator
 from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.checks import check_room
-from peftlab.assembly.merging import merge_run
+from peftlab.assembly.finish import resume_command, verify_and_finish, write_status
 from peftlab.assembly.plan import loop_settings, padded_plan
 from peftlab.assembly.prepare import MakeLoss, Parts, Phase, prepare
-from peftlab.assembly.target import find_target, open_target
-from peftlab.assembly.witness import WITNESS_NAME, Witness, read_witness
+from peftlab.assembly.witness import WITNESS_NAME, Witness
 from peftlab.data import Rows, packing_figures
 from peftlab.errors import ArtifactError, Interrupted
 from peftlab.evaluation.loop import answer_signatures, evaluate_examples
 from peftlab.measuring.memory import release_memory
 from peftlab.models import save_plain
 from peftlab.ops import plans_in_use
+from peftlab.ranks import is_first, on_first
 from peftlab.recipe import write_lock
-from peftlab.runs import LOCK_NAME, RUN_NAME, Run, open_run, write_json
+from peftlab.runs import LOCK_NAME, Run, open_run
 from peftlab.specs.metrics import METRICS
 from peftlab.tasks import Chats, FindsSettings, Generates
 from peftlab.training.checkpoint import list_checkpoints
@@ -104,8 +104,10 @@ class Fit:
         if finished:
             parts.model = None  # it is loaded again, and two copies would double peak memory
             release_memory()
-            _verify_and_finish(
-                parts.assembly, self._folder, self._summary, self._progress, resume_hint=self._resume_hint
+            on_first(
+                lambda: verify_and_finish(
+                    parts.assembly, self._folder, self._summary, self._progress, resume_hint=self._resume_hint
+                )
             )
         return open_run(self._folder)
 
@@ -169,6 +171,9 @@ class Fit:
             reference_loss_sum=None if parts.loss is None else parts.loss.reference,
         )
         self._summary["parity"] = asdict(report)
+        if report.idle or (report.num_zero_gradients and not parts.recipe.method.adapts):
+            # DDP would wait for the gradients of these parameters.
+            self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         release_memory()
         progress.done()
         progress.detail(str(report))
@@ -223,12 +228,13 @@ class Fit:
             batch_tokens=parts.recipe.eval.batch_tokens,
             device=self._accelerator.device,
             autocast=self._accelerator.autocast,
+            shared=True,
         )
 
     def _answers(self) -> Iterator[tuple[str, str]]:
-        """Yields the model's answers to eval.prompts."""
+        """Yields the model's answers to eval.prompts, on the first rank."""
         parts, options = self._parts, self._parts.recipe.eval
-        if not options.prompts:
+        if not options.prompts or not is_first():
             return
         parts.model.eval()
         answers = cast(Generates, parts.task).generate(
@@ -264,7 +270,7 @@ class Fit:
             summary["training"] = _figures(result)
             return False
         self._settle()
-        self._save_result()  # now, so that a later failure does not lose the training
+        on_first(self._save_result)  # now, so that a later failure does not lose the training
         progress.stage("evaluating the trained model")
         final = self._evaluate()
         loop.finish(final)
@@ -277,16 +283,16 @@ class Fit:
             summary["samples"] = [{"prompt": p} for p, _ in answers]
         for sample, (_, answer) in zip(summary["samples"], answers, strict=True):
             sample["after"] = answer
-        Witness.take(
-            parts.model,
-            parts.task,
-            parts.held_out.examples,
-            batch_tokens=parts.recipe.eval.batch_tokens,
-            device=parts.device,
-        ).write(self._folder / WITNESS_NAME)
+        on_first(self._write_witness)
         summary["training"] = _figures(result)
         log.write({"step": result.steps, "eval": summary["after"], "final": True})
         return True
+
+    def _write_witness(self) -> None:
+        parts = self._parts
+        Witness.take(parts.model, parts.task, parts.held_out.examples, **self._runs()).write(
+            self._folder / WITNESS_NAME
+        )
 
     def _loop(self, log: MetricsLog) -> TrainingLoop:
         parts = self._parts
@@ -315,7 +321,7 @@ class Fit:
             )
             load_state(parts.model, best)
             self._settle()
-            self._save_result()
+            on_first(self._save_result)
 
     def _settle(self) -> None:
         """Finishes the trained model, and keeps the settings that the task finds in it."""
@@ -327,7 +333,7 @@ class Fit:
                 parts.model, parts.train.examples, batch_tokens=parts.recipe.eval.batch_tokens
             )
         if self._found != parts.assembly.found:
-            self._write_lock()
+            on_first(self._write_lock)
 
     def _save_result(self) -> None:
         """Saves the adapter, or without one the model as a plain transformers folder."""
@@ -344,7 +350,12 @@ class Fit:
 
     @contextlib.contextmanager
     def _open_folder(self) -> Iterator[MetricsLog]:
-        """Creates the run folder with lock file and status; removes it if the run fails before a checkpoint."""
+        """Creates the run folder with lock file and status; removes it if the run fails before a checkpoint. The first rank
+        does so for all."""
+        if not is_first():
+            on_first(lambda: None)
+            yield MetricsLog(os.devnull)
+            return
         folder, resumed = self._folder, self._checkpoint is not None
         if self._replace and not resumed and folder.exists():
             shutil.rmtree(folder)
@@ -359,7 +370,9 @@ class Fit:
             if not resumed:
                 self._write_lock()
             self._write_status("running", started)
-            yield MetricsLog(folder / "metrics.jsonl", resume_step=resume_step)
+            log = MetricsLog(folder / "metrics.jsonl", resume_step=resume_step)
+            on_first(lambda: None)
+            yield log
             if "after" in self._summary:
                 self._write_status("trained", started)
                 shutil.rmtree(folder / "best", ignore_errors=True)  # not earlier: a run killed before resumes with it
@@ -394,67 +407,7 @@ class Fit:
         return environment
 
     def _write_status(self, status: str, started: float) -> None:
-        _write_status(self._parts.assembly, self._folder, status, started, self._summary)
-
-
-def _write_status(assembly: Assembly, folder: Path, status: str, started: float, summary: Mapping[str, Any]) -> None:
-    when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds")
-    head = {"name": assembly.name, "status": status, "task": assembly.recipe.task, "started": when}
-    write_json(folder / RUN_NAME, {**head, **summary, **head})
-
-
-def _reopened(assembly: Assembly, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Opens the run from its files and returns how far it agrees with the trained model (contract C13)."""
-    witness, target = read_witness(folder), find_target(folder)
-    if witness is None:
-        raise ArtifactError(f"{folder / WITNESS_NAME} is missing; train the run again")
-    adapts = target.adapter is not None
-    opened = open_target(target, progress, assembly=assembly if adapts else None, check=not adapts)
-    progress.stage("comparing the saved files with the trained model")
-    result = witness.check(
-        opened.model,
-        opened.task,
-        folder,
-        batch_tokens=assembly.recipe.eval.batch_tokens,
-        device=assembly.device,
-        same=True,
-    )
-    progress.done()
-    progress.detail(f"opened again from its files: {result}")
-    del opened
-    release_memory()
-    return asdict(result)
-
-
-def _verify_and_finish(
-    assembly: Assembly, folder: Path, summary: dict[str, Any], progress: Progress, *, resume_hint: str
-) -> None:
-    """Compares the run's files with its witness, merges if the recipe asks for it, and writes the final status."""
-    started, merge = time.time(), assembly.recipe.run.merge
-    try:
-        summary["reopened"] = _reopened(assembly, folder, progress)
-        if merge != "none":
-            summary["merge"] = merge_run(folder, base=merge, replace=True, progress=progress, assembly=assembly)
-    except BaseException as error:
-        _write_status(assembly, folder, "trained", started, summary)
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(
-                f"interrupted while checking and merging; the training is complete. Resume with: {resume_hint}"
-            ) from None
-        raise
-    _write_status(assembly, folder, "finished", started, summary)
-
-
-def complete(assembly: Assembly, folder: Path, progress: Progress) -> Run:
-    """Finishes a trained run whose merge is missing: merges if the recipe asks for it. Errors: as ``merge_run``."""
-    progress.note(f"the run in {folder} is trained; only its end is missing")
-    summary = dict(open_run(folder).summary)
-    _verify_and_finish(assembly, folder, summary, progress, resume_hint=resume_command(folder))
-    return open_run(folder)
-
-
-def resume_command(folder: Path) -> str:
-    return f"peftlab train {shlex.quote(str(folder))} --resume"
+        write_status(self._parts.assembly, self._folder, status, started, self._summary)
 
 
 def _figures(result: LoopResult) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from peftlab.cli.failures import EXIT_CODES, handle, usage_error
 from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import Output
 from peftlab.cli.verbs import VERBS, Group, Verb
+from peftlab.errors import RecipeError
+from peftlab.ranks import is_first, num_ranks
 
 _TABLE = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
 _EPILOG = f"""\b
@@ -68,6 +71,11 @@ class _Verbs(TyperGroup):
             near = get_close_matches(name, self.table, n=1, cutoff=0.5)
             guess = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(self.table)}"
             usage_error(f"unknown verb {name!r}, {guess}", ctx)
+        if num_ranks() > 1 and self.group is None and not getattr(self.table.get(name), "ranks", name.startswith("-")):
+            raise RecipeError(
+                f"peftlab {name} runs in one process, but the launch has {num_ranks()}; start it without accelerate launch or "
+                "torchrun"
+            )
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -172,4 +180,6 @@ def main() -> NoReturn:
         # Escape characters that the terminal cannot show instead of crashing.
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if not is_first():  # rank 0 prints the result
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (until the process ends)
     sys.exit(run(sys.argv[1:]))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from typing import NoReturn
@@ -12,7 +14,8 @@ from typing import NoReturn
 import typer
 
 from peftlab.cli.output import Output
-from peftlab.errors import PeftlabError
+from peftlab.errors import FailedElsewhere, PeftlabError
+from peftlab.ranks import is_first, lost_another, num_ranks, rank
 
 EXIT_CODES = {
     0: "done",
@@ -24,6 +27,8 @@ EXIT_CODES = {
     6: "verification failed",
     130: "interrupted",
 }
+# Ranks meet the same mistake at different times; the launcher ends the others within a second of the first.
+_ALIKE_S = 10.0
 # What a shell reports for a program that died writing into a closed pipe.
 _BROKEN_PIPE = 141
 # Since 0.16, Typer ships a copy of Click and does not export these two base classes.
@@ -48,6 +53,8 @@ def handle(error: BaseException, out: Output) -> int:
         _silence_stdout()
         return _BROKEN_PIPE
     failure = describe(error)
+    if not is_first() and _is_said_elsewhere(error, failure):
+        return failure.exit_code
     if out.debug:
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, KeyboardInterrupt):
@@ -67,6 +74,20 @@ def handle(error: BaseException, out: Output) -> int:
     return failure.exit_code
 
 
+def _is_said_elsewhere(error: BaseException, failure: Failure) -> bool:
+    """Whether rank 0 reports this error, or its cause: then this rank says nothing. If rank 0 goes on, the error is this
+    rank's own."""
+    if isinstance(error, FailedElsewhere) or failure.exit_code == 130 or lost_another(error):
+        return True
+    ended: list[int] = []
+    # A launcher sends SIGTERM to the others when rank 0 ends.
+    signal.signal(signal.SIGTERM, lambda signum, frame: ended.append(signum))
+    deadline = time.monotonic() + _ALIKE_S
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(ended)
+
+
 def describe(error: BaseException) -> Failure:
     """The kind, message and exit code of an error."""
     kind = type(error).__name__
@@ -76,6 +97,8 @@ def describe(error: BaseException) -> Failure:
         return Failure("Interrupted", "interrupted", 130)
     if isinstance(error, _ClickException):
         return Failure("UsageError", _usage_message(error), 2)
+    if lost_another(error):
+        return Failure("LostProcess", f"another of the {num_ranks()} processes of this launch has ended; see its message", 1)
     # By name: torch's class is a RuntimeError, and importing torch to check takes seconds.
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         detail = str(error).strip().split("\n")[0]
@@ -104,11 +127,13 @@ def _print_error(failure: Failure) -> None:
 
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     text = Text(failure.message)
-    if failure.exit_code == 1:
+    if failure.kind == "LostProcess":
+        text = Text.assemble(("error: ", "bold red"), text)
+    elif failure.exit_code == 1:
         text.stylize("bold red", 0, len("internal error"))
     elif failure.exit_code != 130:  # stopping a run is not an error
         text = Text.assemble(("error: ", "bold red"), text)
-    console.print(text)
+    console.print(text if is_first() else Text.assemble((f"process {rank()} of {num_ranks()}: ", "bold"), text))
 
 
 def _silence_stdout() -> None:

@@ -12,13 +12,14 @@ class Verb:
 
     Attributes:
         function: ``FILE:FUNCTION`` under ``peftlab/cli``. help: one line. example: a command that can be typed.
-        more: extra text for the verb's help.
+        more: extra text for the verb's help. ranks: whether it also runs as the processes of a launch.
     """
 
     function: str
     help: str
     example: str
     more: str = ""
+    ranks: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ VERBS: dict[str, Verb | Group] = {
         "train:train",
         "Train what a recipe describes and write a run folder.",
         "peftlab train quickstart train.lr=5e-4 run.dir=runs/first",
+        ranks=True,
     ),
     "teach": Verb("teach:teach", "Cache the teacher's outputs for distillation.", "peftlab teach film-student --plan"),
     "distill": Verb(
         "distill:distill",
         "Train a student from a teacher and report what it kept.",
         "peftlab distill film-student --seeds 3",
+        ranks=True,
     ),
     "eval": Verb(
         "evaluate:evaluate",

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from peftlab import formatting
 from peftlab.assembly import Assembly
+from peftlab.assembly.checks import check_one_process
 from peftlab.assembly.fit import fit
 from peftlab.assembly.merging import merge_run
 from peftlab.assembly.prepare import Phase
@@ -28,6 +29,7 @@ from peftlab.experiments.student import cut_student
 from peftlab.experiments.taught_answers import answered_examples
 from peftlab.experiments.written_answers import ROWS_NAME
 from peftlab.measuring.memory import release_memory
+from peftlab.ranks import is_first, on_first
 from peftlab.recipe import LoadedRecipe, check_lock, write_lock
 from peftlab.runs import LOCK_NAME, RUN_NAME, open_run, write_json
 from peftlab.tasks import Chats
@@ -93,15 +95,16 @@ class Distillation:
         Raises: RecipeError, DataError, ResourceError, ArtifactError, VerificationError, Interrupted.
         """
         if self._resume:
-            _clear_partial(self._folder)
+            on_first(lambda: _clear_partial(self._folder))
         else:
-            self._begin(fingerprints, replace=replace)
+            on_first(lambda: self._begin(fingerprints, replace=replace))
         loaded = self._assembly.loaded
-        with _status(loaded, self._folder, resumed=self._resume):
+        with _status(loaded, self._folder, resumed=self._resume) if is_first() else contextlib.nullcontext():
             started = time.perf_counter()
             self._train_and_compare()
             self._summary["seconds"] = time.perf_counter() - started
-            write_json(self._folder / RUN_NAME, {**_head(loaded, "finished"), **self._summary})
+            finished = {**_head(loaded, "finished"), **self._summary}
+            on_first(lambda: write_json(self._folder / RUN_NAME, finished))
 
     def _begin(self, fingerprints: dict[str, str], *, replace: bool) -> None:
         """Creates the run folder with its lock file."""
@@ -125,6 +128,7 @@ class Distillation:
         first, progress = students[arms[0].seed], self._progress
         distill = first.distill
         if distill.cache is not None and distill.on_policy is None and not is_stored(first):
+            check_one_process("caching the teacher's targets", key="distill.cache", remedy="run peftlab teach first")
             progress.note(
                 f"{distill.cache} is incomplete: caching the missing teacher targets first, as `peftlab teach` does"
             )
@@ -151,8 +155,10 @@ class Distillation:
                 {"seed": arm.seed, "phases": phase_notes(arm.folder)} for arm in arms if arm.kind == STUDENT
             ]
         from_weights = self._summary.get("student_init", {}).get("weights") != "random"
-        self._summary |= compare_students(first, teachers, figures, progress, from_weights=from_weights)
-        _publish_student(arms[0], self._folder)
+        self._summary |= on_first(
+            lambda: compare_students(first, teachers, figures, progress, from_weights=from_weights)
+        )
+        on_first(lambda: _publish_student(arms[0], self._folder))
 
     def _student(self, seed: int) -> Assembly:
         """The assembly of a seed's students, with their initial model."""
@@ -161,7 +167,9 @@ class Distillation:
             return self._assembly
         where = self._folder / "init" if init.weights == "copied" else self._folder / f"seed-{seed}" / "init"
         if init.weights == "random" or "student_init" not in self._summary:
-            self._summary["student_init"] = cut_student(self._assembly, where, self._progress, seed=seed)
+            self._summary["student_init"] = on_first(
+                lambda: cut_student(self._assembly, where, self._progress, seed=seed)
+            )
         # Use the cut student instead of the model it was cut from.
         changes = {"model.name": str(where.absolute()), "model.revision": None, "model.adapter": None}
         changes |= {"distill.student_init": None}
@@ -207,6 +215,9 @@ class Distillation:
 
     def _merge(self, arm: Arm, assembly: Assembly) -> None:
         """Merges the adapter of a training into a plain model, unless that is already done."""
+        on_first(lambda: self._merge_once(arm, assembly))
+
+    def _merge_once(self, arm: Arm, assembly: Assembly) -> None:
         if (arm.folder / "adapter").is_dir() and not (arm.folder / "merged").is_dir():
             base = "dequantized" if assembly.storage != "none" else "original"
             merge_run(arm.folder, base=base, replace=True, progress=self._progress, assembly=assembly)

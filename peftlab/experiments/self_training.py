@@ -22,7 +22,8 @@ from typing import Any
 from peftlab.assembly import Assembly
 from peftlab.assembly.accelerator import run_accelerator
 from peftlab.assembly.data import read_class_labels
-from peftlab.assembly.fit import Fit, complete
+from peftlab.assembly.finish import complete
+from peftlab.assembly.fit import Fit
 from peftlab.assembly.prepare import Phase, prepare
 from peftlab.assembly.target import find_target, open_target
 from peftlab.data import Rows

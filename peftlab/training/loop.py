@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 
 from peftlab.adapters import after_step, penalty, rate_factors, save_state, train_mode
@@ -26,6 +26,7 @@ from peftlab.data.batching import BatchPlan
 from peftlab.errors import Interrupted, ResourceError, VerificationError
 from peftlab.evaluation.metrics import higher_is_better
 from peftlab.measuring.memory import memory_bytes, peak_memory_bytes
+from peftlab.ranks import on_first
 from peftlab.tasks import Batch, Contrasts, Example, Outputs, Redraws, Task, collate_packed, step_shares
 from peftlab.training.checkpoint import RngState, load_checkpoint, save_checkpoint
 from peftlab.training.metrics_log import MetricsLog
@@ -89,6 +90,10 @@ class LossModule(nn.Module):
         loss = self.loss_sum(self.model, batch)
         extra = penalty(self.model)
         return loss if extra is None else loss + extra * batch.weights.sum().to(loss.dtype)
+
+
+def _seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _moved(outputs: Outputs, device: Any) -> Outputs:
@@ -208,23 +213,22 @@ class TrainingLoop:
 
     def save(self) -> Path:
         """Writes a checkpoint of the last completed step."""
-        root = self._folder / "checkpoints"
-        if not self._accelerator.is_main_process:
-            return root / f"step-{self._step:08d}"
-        return save_checkpoint(
-            root,
-            step=self._step,
-            model=self._model,
-            optimizer=self._inner_optimizer(),
-            rng=self._rng,
-            state={
-                "best_step": self._result.best_step,
-                "best_value": self._result.best_value,
-                "evals_without_better": self._evals_without_better,
-                "total_steps": self._plan.total_steps,
-                "counted": {name: getattr(self._result, name) for name in _COUNTED},
-            },
-            keep=self._settings.keep,
+        return on_first(
+            lambda: save_checkpoint(
+                self._folder / "checkpoints",
+                step=self._step,
+                model=self._model,
+                optimizer=self._inner_optimizer(),
+                rng=self._rng,
+                state={
+                    "best_step": self._result.best_step,
+                    "best_value": self._result.best_value,
+                    "evals_without_better": self._evals_without_better,
+                    "total_steps": self._plan.total_steps,
+                    "counted": {name: getattr(self._result, name) for name in _COUNTED},
+                },
+                keep=self._settings.keep,
+            )
         )
 
     def _inner_optimizer(self) -> Any:
@@ -275,23 +279,25 @@ class TrainingLoop:
         factor = world / weight  # DDP averages over ranks, but the step's loss is their sum
         if not mine:  # fewer micro-batches than ranks: join the gradient exchange with zeros
             first, mine, factor = 0, rows[:1], 0.0
+        if world > 1:  # a stream of its own for each step and rank, whatever number of ranks saved the checkpoint
+            set_seed(_seed_of(self._plan.seed, self._step, accelerator.process_index))
         sums = []
         batches: Iterable[Batch] = (self._collate(part) for part in mine)
         if self._whole_step and len(rows) > 1:
             batches = self._shared(list(batches), joins=factor == 0.0)
         for number, batch in enumerate(batches, start=1):
-            if self._stop:
+            if self._stop and world == 1:  # ranks stop together, below
                 raise _StopRequested
             last = number == len(mine)
             with contextlib.nullcontext() if last else accelerator.no_sync(self._module):
                 loss_sum = self._module(batch)
                 accelerator.backward(loss_sum * factor)
             sums.append(loss_sum.detach())
-        if self._stop:
-            raise _StopRequested
         losses = torch.stack(sums)
-        total = losses.sum() * factor
-        loss = float(accelerator.reduce(total, reduction="mean")) if world > 1 else float(total)
+        said = torch.stack([losses.sum() * factor, losses.new_tensor(self._stop)])
+        loss, stop = (accelerator.reduce(said, reduction="mean") if world > 1 else said).tolist()
+        if stop:
+            raise _StopRequested
         if math.isfinite(loss):
             return loss, None
         finite = torch.isfinite(losses).tolist()
@@ -412,8 +418,7 @@ class TrainingLoop:
         elif best is None or (value > best if higher_is_better(name) else value < best):
             self._result.best_step, self._result.best_value = self._step, value
             self._evals_without_better = 0
-            if self._accelerator.is_main_process:
-                save_state(self._model, self._folder / "best")
+            on_first(lambda: save_state(self._model, self._folder / "best"))
         else:
             self._evals_without_better += 1
 

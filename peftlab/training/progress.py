@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO, TypeVar
 
+from peftlab.ranks import is_first
 from peftlab.training.progress_text import Clock, Pace, Stage, metrics_text, value_texts, wrapped
 
 if TYPE_CHECKING:
@@ -73,10 +74,13 @@ class Progress(Protocol):
 
 
 def make_progress(stream: TextIO | None = None, *, verbose: bool = False) -> Progress:
-    """Returns a live bar if the stream (default: stderr) is a terminal that can redraw lines, else plain lines.
+    """Returns a live bar if the stream (default: stderr) is a terminal that can redraw lines, else plain lines; nothing in
+    the processes of a launch after the first.
 
     Args: verbose: show details too.
     """
+    if not is_first():
+        return SilentProgress()
     stream = sys.stderr if stream is None else stream
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
         return PlainProgress(stream, verbose=verbose)
