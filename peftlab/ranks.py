@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -48,6 +49,15 @@ def join(device: str) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=device == "cpu", timeout=WAIT)
+
+
+def leave() -> None:
+    """Leaves the process group that ``join`` joined, at the end of the process."""
+    if num_ranks() > 1 and "torch.distributed" in sys.modules:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def on_first(work: Callable[[], T]) -> T:

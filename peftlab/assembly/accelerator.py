@@ -44,5 +44,6 @@ def run_accelerator(assembly: Assembly, folder: Path) -> Iterator[Any]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=True)
         switch.fill_uninitialized_memory = filled
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # not end_training, which leaves the process group: a run may go on in it
+            tracker.finish()
         accelerator.free_memory()

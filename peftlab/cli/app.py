@@ -21,7 +21,7 @@ from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import Output
 from peftlab.cli.verbs import VERBS, Group, Verb
 from peftlab.errors import RecipeError
-from peftlab.ranks import is_first, num_ranks
+from peftlab.ranks import is_first, leave, num_ranks
 
 _TABLE = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
 _EPILOG = f"""\b
@@ -169,6 +169,7 @@ def run(arguments: Sequence[str]) -> int:
         with command.make_context("peftlab", list(arguments), obj=out) as context:
             command.invoke(context)
             out.stdout.flush()
+        leave()  # a rank that fails stays, until it has said why
         return 0
     except BaseException as error:
         return handle(error, out)
