@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from peftlab.errors import FailedElsewhere, PeftlabError
+from peftlab.errors import FailedElsewhere, PeftlabError, RecipeError
 
 # Bounds every wait for another rank. The longest is for a merge or a student's comparison on rank 0.
 WAIT = datetime.timedelta(hours=2)
@@ -40,15 +40,24 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def shards() -> bool:
+    """Whether the launch asks for FSDP, which shards the model over the ranks."""
+    return is_set("ACCELERATE_USE_FSDP")
+
+
 def join(device: str) -> None:
     """Joins the process group of the launch, through Accelerate: gloo on the CPU, NCCL on GPUs. Without a launcher nothing.
 
     Args: device: ``cpu`` or ``cuda``.
+    Raises: RecipeError if the environment is that of no launcher that Accelerate knows.
     """
     if num_ranks() > 1:
         from accelerate import PartialState
+        from accelerate.utils import disable_fsdp_ram_efficient_loading
 
-        PartialState(cpu=device == "cpu", timeout=WAIT)
+        disable_fsdp_ram_efficient_loading()  # the other ranks would load no weights, and their checks would see that
+        if PartialState(cpu=device == "cpu", timeout=WAIT).num_processes != num_ranks():
+            raise RecipeError("expected a launch by accelerate launch or torchrun: LOCAL_RANK is not set")
 
 
 def leave() -> None:
@@ -93,3 +102,8 @@ def lost_another(error: BaseException) -> bool:
 
 def _number(names: tuple[str, ...], default: int) -> int:
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
+
+
+def is_set(variable: str) -> bool:
+    """Whether a launcher has set a flag in the environment."""
+    return os.environ.get(variable, "").lower() in ("true", "1")

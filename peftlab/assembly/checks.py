@@ -13,7 +13,7 @@ from peftlab.assembly.assembly import Assembly
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.evaluation.metrics import check_metrics
 from peftlab.paths import existing_folder
-from peftlab.ranks import num_ranks
+from peftlab.ranks import is_set, num_ranks, shards
 from peftlab.specs.kernels import KERNEL_MODES
 
 
@@ -40,8 +40,10 @@ def check_launch(assembly: Assembly) -> None:
         return
     recipe, distill = assembly.recipe, assembly.recipe.distill
     for variable, name in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
-        if _is_set(f"ACCELERATE_USE_{variable}"):
+        if is_set(f"ACCELERATE_USE_{variable}"):
             raise RecipeError(f"{name} is not supported; launch with --multi_gpu (DDP) or --use_fsdp --fsdp_version 2")
+    if shards():
+        _check_shards(assembly)
     if recipe.train.self_training is not None:
         check_one_process("self-training", key="train.self_training")
     if recipe.train.batch_norm == "trained":
@@ -52,14 +54,32 @@ def check_launch(assembly: Assembly) -> None:
         check_one_process("training on the teacher's answers", key="distill.answers")
 
 
+def _check_shards(assembly: Assembly) -> None:
+    """Checks that FSDP2 can train the recipe. Raises: RecipeError."""
+    ddp = "launch without --use_fsdp, for DDP"
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise RecipeError(f"FSDP works in its version 2; launch with --fsdp_version 2, or {ddp}")
+    for variable, name in (
+        ("OFFLOAD_PARAMS", "offload_params"),
+        ("ACTIVATION_CHECKPOINTING", "activation_checkpointing"),
+    ):
+        if is_set(f"FSDP_{variable}"):
+            raise RecipeError(
+                f"--fsdp_{name} is not supported; launch without it (train.gradient_checkpointing saves memory)"
+            )
+    recipe = assembly.recipe
+    if assembly.storage != "none":
+        raise RecipeError(f"FSDP2 does not shard {assembly.storage} weights; {ddp}", key="model.quantize")
+    if names := [name for name in recipe.adapter.methods if name not in ("lora", "none")]:
+        raise RecipeError(f"FSDP2 trains lora or none, found {names[0]}; {ddp}", key="adapter.method")
+    if assembly.spec.contrasts and recipe.distill is None:
+        raise RecipeError(f"FSDP2 does not compare the rows of a whole step; {ddp}", key="task")
+
+
 def check_one_process(what: str, *, key: str, remedy: str = "start it without accelerate launch or torchrun") -> None:
     """Raises RecipeError for work that one process does, in a launch of several."""
     if num_ranks() > 1:
         raise RecipeError(f"{what} runs in one process, but the launch has {num_ranks()}; {remedy}", key=key)
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("true", "1")
 
 
 def check_room_to_answer(max_new_tokens: int, assembly: Assembly, *, key: str | None = None) -> None:

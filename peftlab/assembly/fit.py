@@ -216,9 +216,10 @@ class Fit:
         options = self._parts.recipe.eval
         skipped = {name for name, spec in METRICS.items() if spec.of_answers and name != options.best}
         quick = [name for name in self._parts.metrics if options.metrics or name not in skipped]
-        return self._evaluate(quick)
+        # FSDP2 prefetches in the order of the last forward passes, so these must be the same on all ranks.
+        return self._evaluate(quick, shared=not self._accelerator.is_fsdp2)
 
-    def _evaluate(self, metrics: list[str] | None = None) -> dict[str, float | None]:
+    def _evaluate(self, metrics: list[str] | None = None, *, shared: bool = True) -> dict[str, float | None]:
         parts = self._parts
         return evaluate_examples(
             parts.model,
@@ -228,7 +229,7 @@ class Fit:
             batch_tokens=parts.recipe.eval.batch_tokens,
             device=self._accelerator.device,
             autocast=self._accelerator.autocast,
-            shared=True,
+            shared=shared,
         )
 
     def _answers(self) -> Iterator[tuple[str, str]]:
@@ -269,24 +270,31 @@ class Fit:
         if result.steps < parts.plan.total_steps and not result.stopped_early:
             summary["training"] = _figures(result)
             return False
-        self._settle()
-        on_first(self._save_result)  # now, so that a later failure does not lose the training
-        progress.stage("evaluating the trained model")
-        final = self._evaluate()
-        loop.finish(final)
-        self._keep_best(result)
-        summary["after"] = final if result.best_step in (None, result.steps) else self._evaluate()
-        if signatures := answer_signatures(parts.metrics):
-            summary["signatures"] = signatures
-        answers = list(self._answers())
-        if not summary["samples"]:
-            summary["samples"] = [{"prompt": p} for p, _ in answers]
-        for sample, (_, answer) in zip(summary["samples"], answers, strict=True):
-            sample["after"] = answer
-        on_first(self._write_witness)
+        self._score(loop, result)
         summary["training"] = _figures(result)
         log.write({"step": result.steps, "eval": summary["after"], "final": True})
         return True
+
+    def _score(self, loop: TrainingLoop, result: LoopResult) -> None:
+        """Saves and evaluates the trained model, and lets it answer."""
+        summary, progress = self._summary, self._progress
+        self._settle_and_save(loop)  # now, so that a later failure does not lose the training
+        progress.stage("evaluating the trained model")
+        with loop.whole():
+            final = self._evaluate()
+        loop.finish(final)
+        self._keep_best(loop)
+        if signatures := answer_signatures(self._parts.metrics):
+            summary["signatures"] = signatures
+        with loop.whole():
+            summary["after"] = final if result.best_step in (None, result.steps) else self._evaluate()
+            answers = list(self._answers())
+            on_first(self._write_witness)
+        if not summary["samples"]:
+            summary["samples"] = [{"prompt": p} for p, _ in answers]
+        if answers:  # the first rank's
+            for sample, (_, answer) in zip(summary["samples"], answers, strict=True):
+                sample["after"] = answer
 
     def _write_witness(self) -> None:
         parts = self._parts
@@ -312,15 +320,21 @@ class Fit:
             resume_hint=self._resume_hint,
         )
 
-    def _keep_best(self, result: LoopResult) -> None:
+    def _keep_best(self, loop: TrainingLoop) -> None:
         """Restores the best evaluated step if eval.best is set."""
-        parts, best = self._parts, self._folder / "best"
+        parts, best, result = self._parts, self._folder / "best", loop.result
         if result.best_step is not None and result.best_step != result.steps:
             self._progress.note(
                 f"keeping step {result.best_step}: best {parts.recipe.eval.best} {result.best_value:.4g}"
             )
-            load_state(parts.model, best)
+            with loop.plain():
+                load_state(parts.model, best)
+            self._settle_and_save(loop)
+
+    def _settle_and_save(self, loop: TrainingLoop) -> None:
+        with loop.whole():
             self._settle()
+        with loop.plain():
             on_first(self._save_result)
 
     def _settle(self) -> None:

@@ -98,7 +98,9 @@ def describe(error: BaseException) -> Failure:
     if isinstance(error, _ClickException):
         return Failure("UsageError", _usage_message(error), 2)
     if lost_another(error):
-        return Failure("LostProcess", f"another of the {num_ranks()} processes of this launch has ended; see its message", 1)
+        return Failure(
+            "LostProcess", f"another of the {num_ranks()} processes of this launch has ended; see its message", 1
+        )
     # By name: torch's class is a RuntimeError, and importing torch to check takes seconds.
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         detail = str(error).strip().split("\n")[0]

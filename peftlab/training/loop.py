@@ -26,6 +26,7 @@ from peftlab.data.batching import BatchPlan
 from peftlab.errors import Interrupted, ResourceError, VerificationError
 from peftlab.evaluation.metrics import higher_is_better
 from peftlab.measuring.memory import memory_bytes, peak_memory_bytes
+from peftlab.models import base_model
 from peftlab.ranks import on_first
 from peftlab.tasks import Batch, Contrasts, Example, Outputs, Redraws, Task, collate_packed, step_shares
 from peftlab.training.checkpoint import RngState, load_checkpoint, save_checkpoint
@@ -33,6 +34,7 @@ from peftlab.training.metrics_log import MetricsLog
 from peftlab.training.optimizers import make_optimizer
 from peftlab.training.progress import Progress
 from peftlab.training.schedules import learning_rate
+from peftlab.training.sharding import as_optimizer, full_value, gathered_states, is_sharded, plain, shard_states, whole
 
 # A float16 loss scaler skips a step whose scaled gradients overflow and halves its scale; more in a row is divergence.
 _MAX_SKIPPED_STEPS = 25
@@ -85,6 +87,8 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self.loss_sum = loss_sum
+        # The names of the layers that FSDP2 shards one by one.
+        self._no_split_modules = getattr(base_model(model), "_no_split_modules", None)
 
     def forward(self, batch: Batch) -> Tensor:
         loss = self.loss_sum(self.model, batch)
@@ -145,9 +149,10 @@ class TrainingLoop:
             factors=rate_factors(model, settings.lr, settings.loraplus_lr_ratio),
             **settings.optimizer_options,
         )
-        self._module, self._optimizer = accelerator.prepare(
-            LossModule(model, loss_sum or task.loss_sum), self._optimizer
-        )
+        self._module: nn.Module = LossModule(model, loss_sum or task.loss_sum)
+        self._is_prepared = False
+        if not accelerator.is_fsdp2:  # which shards what a checkpoint's weights go into, so it waits for them
+            self._prepare()
         # A teacher's loss compares each row with the teacher's.
         self._whole_step = task.spec.contrasts and loss_sum is None and cast(Contrasts, task).whole_step
         self._step = 0
@@ -156,6 +161,22 @@ class TrainingLoop:
         self._stop = False
         self._rng = RngState.capture()
         self._result = LoopResult(steps=plan.total_steps)
+
+    def _prepare(self) -> None:
+        states = gathered_states(self._model, self._optimizer)
+        self._module, self._optimizer = self._accelerator.prepare(self._module, self._optimizer)
+        self._is_prepared = True
+        if is_sharded(self._module):
+            shard_states(self._model, self._inner_optimizer(), states)
+
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, each rank can run the model without the others, see ``sharding.whole``."""
+        plugin = getattr(self._accelerator.state, "fsdp_plugin", None)
+        return whole(self._module, reshards=plugin is not None and plugin.reshard_after_forward)
+
+    def plain(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model has ordinary parameters to save or load, see ``sharding.plain``."""
+        return plain(self._module)
 
     def resume(self, checkpoint: Path) -> int:
         """Resumes from a checkpoint; returns the number of steps already done. Raises: ArtifactError."""
@@ -174,6 +195,8 @@ class TrainingLoop:
         Raises: VerificationError (non-finite loss or gradient), Interrupted (Ctrl-C, after saving), ResourceError.
         """
         settings, progress = self._settings, self._progress
+        if not self._is_prepared:
+            self._prepare()
         train_mode(self._model)
         progress.start(self._plan.total_steps, self._step)
         try:
@@ -213,23 +236,27 @@ class TrainingLoop:
 
     def save(self) -> Path:
         """Writes a checkpoint of the last completed step."""
-        return on_first(
-            lambda: save_checkpoint(
-                self._folder / "checkpoints",
-                step=self._step,
-                model=self._model,
-                optimizer=self._inner_optimizer(),
-                rng=self._rng,
-                state={
-                    "best_step": self._result.best_step,
-                    "best_value": self._result.best_value,
-                    "evals_without_better": self._evals_without_better,
-                    "total_steps": self._plan.total_steps,
-                    "counted": {name: getattr(self._result, name) for name in _COUNTED},
-                },
-                keep=self._settings.keep,
+        sharded = is_sharded(self._module)
+        optimizer = self._inner_optimizer()
+        states = gathered_states(self._model, optimizer) if sharded else {}
+        with self.plain():
+            return on_first(
+                lambda: save_checkpoint(
+                    self._folder / "checkpoints",
+                    step=self._step,
+                    model=self._model,
+                    optimizer=as_optimizer(self._model, states) if sharded else optimizer,
+                    rng=self._rng,
+                    state={
+                        "best_step": self._result.best_step,
+                        "best_value": self._result.best_value,
+                        "evals_without_better": self._evals_without_better,
+                        "total_steps": self._plan.total_steps,
+                        "counted": {name: getattr(self._result, name) for name in _COUNTED},
+                    },
+                    keep=self._settings.keep,
+                )
             )
-        )
 
     def _inner_optimizer(self) -> Any:
         return getattr(self._optimizer, "optimizer", self._optimizer)
@@ -274,6 +301,7 @@ class TrainingLoop:
         micro-batch whose loss is not finite, if any.
         """
         accelerator, world = self._accelerator, self._accelerator.num_processes
+        sharded = is_sharded(self._module)
         first = accelerator.process_index
         mine = rows[first::world]
         factor = world / weight  # DDP averages over ranks, but the step's loss is their sum
@@ -290,7 +318,8 @@ class TrainingLoop:
                 raise _StopRequested
             last = number == len(mine)
             with contextlib.nullcontext() if last else accelerator.no_sync(self._module):
-                loss_sum = self._module(batch)
+                with accelerator.autocast() if sharded else contextlib.nullcontext():  # DDP's wrapper has it
+                    loss_sum = self._module(batch)
                 accelerator.backward(loss_sum * factor)
             sums.append(loss_sum.detach())
         losses = torch.stack(sums)
@@ -341,7 +370,7 @@ class TrainingLoop:
         """Clips and returns the norm before clipping. Raises: VerificationError for a non-finite value, before any update."""
         trained = [p for p in self._model.parameters() if p.requires_grad]
         limit = self._settings.max_grad_norm or math.inf
-        norm = float(self._accelerator.clip_grad_norm_(trained, limit))
+        norm = full_value(self._accelerator.clip_grad_norm_(trained, limit))
         if math.isfinite(loss) and math.isfinite(norm):
             self._skipped = 0
             return norm
@@ -400,7 +429,8 @@ class TrainingLoop:
 
     def _evaluate_now(self) -> None:
         assert self._evaluate is not None
-        metrics = self._evaluate()
+        with self.whole():
+            metrics = self._evaluate()
         if self._accelerator.is_main_process:
             self._log.write({"step": self._step, "eval": metrics})
         self._accelerator.log({f"eval/{k}": v for k, v in metrics.items() if v is not None}, step=self._step)
@@ -418,7 +448,8 @@ class TrainingLoop:
         elif best is None or (value > best if higher_is_better(name) else value < best):
             self._result.best_step, self._result.best_value = self._step, value
             self._evals_without_better = 0
-            on_first(lambda: save_state(self._model, self._folder / "best"))
+            with self.plain():
+                on_first(lambda: save_state(self._model, self._folder / "best"))
         else:
             self._evals_without_better += 1
 
