@@ -152,15 +152,7 @@ class Processes:
         self, arguments: Sequence[str | Path], *, env: Mapping[str, str], timeout: float = 120, num_ranks: int = 2
     ) -> None:
         """Runs the ranks of one process group on this machine. If one rank fails, all end."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        group = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with contextlib.ExitStack() as stack:
-            ranks = [
-                stack.enter_context(self.start(arguments, env={**env, **group, "RANK": str(i), "LOCAL_RANK": str(i)}))
-                for i in range(num_ranks)
-            ]
+        with self.start_ranks(arguments, env=env, num_ranks=num_ranks) as ranks:
             deadline = time.monotonic() + timeout
             # If one rank fails, the other waits for it.
             while any(r.poll() is None for r in ranks) and not any(r.poll() for r in ranks):
@@ -172,6 +164,28 @@ class Processes:
         assert codes == [0] * num_ranks, (
             f"exit codes {codes} (None: still running after {timeout} s or when the other failed)\n{tails}"
         )
+
+    @contextlib.contextmanager
+    def start_ranks(
+        self,
+        arguments: Sequence[str | Path],
+        *,
+        cwd: str | Path | None = None,
+        env: Mapping[str, str],
+        num_ranks: int = 2,
+    ) -> Iterator[list[Child]]:
+        """The running ranks of one process group. They are killed at the end of the block if they still run."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with contextlib.ExitStack() as stack:
+            yield [
+                stack.enter_context(
+                    self.start(arguments, cwd=cwd, env={**env, **group, "RANK": str(i), "LOCAL_RANK": str(i)})
+                )
+                for i in range(num_ranks)
+            ]
 
     @contextlib.contextmanager
     def start(

@@ -163,11 +163,13 @@ class TrainingLoop:
         self._result = LoopResult(steps=plan.total_steps)
 
     def _prepare(self) -> None:
-        states = gathered_states(self._model, self._optimizer)
+        states = {}
+        if self._accelerator.is_fsdp2:  # the parameters become others
+            states = gathered_states(self._model, self._optimizer)
+            self._optimizer.state.clear()
         self._module, self._optimizer = self._accelerator.prepare(self._module, self._optimizer)
         self._is_prepared = True
-        if is_sharded(self._module):
-            shard_states(self._model, self._inner_optimizer(), states)
+        shard_states(self._model, self._inner_optimizer(), states)
 
     def whole(self) -> contextlib.AbstractContextManager[None]:
         """Inside, each rank can run the model without the others, see ``sharding.whole``."""
