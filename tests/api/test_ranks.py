@@ -207,8 +207,11 @@ def test_a_rank_that_fails_alone_says_so_and_ends_the_others(process: Any, tmp_p
     ("sections", "key"),
     [
         ({"train": {"self_training": {"unlabelled": "data.csv"}}}, "train.self_training"),
-        ({"distill": {"teacher": "run", "on_policy": {"phases": 1}, "cache": "c"}}, "distill.on_policy"),
-        ({"distill": {"teacher": "run", "answers": "teacher"}}, "distill.answers"),
+        (
+            {"distill": {"teacher": "run", "on_policy": {"phases": 1}, "cache": "c"}, "eval": {"choices": None}},
+            "distill.on_policy",
+        ),
+        ({"distill": {"teacher": "run", "answers": "teacher"}, "eval": {"choices": None}}, "distill.answers"),
     ],
 )
 def test_check_launch_refuses_what_one_process_does(
@@ -231,7 +234,7 @@ def test_check_launch_refuses_what_one_process_does(
         ({}, {"FSDP_VERSION": "1"}, "--fsdp_version 2"),
         ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params is not supported"),
         ({"model": {"quantize": "nf4"}}, {}, "does not shard nf4"),
-        ({"adapter": {"method": "vera"}}, {}, "trains lora or none, found vera"),
+        ({"adapter": {"method": "vera", "alpha": None}}, {}, "trains lora or none, found vera"),
     ],
 )
 def test_check_launch_refuses_what_fsdp2_does_not_shard(
