@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from peftlab.assembly.assembly import Assembly
 from peftlab.data import BatchPlan
+from peftlab.ranks import num_ranks
 from peftlab.recipe import Recipe
 from peftlab.specs.optimizers import OPTIMIZERS
 from peftlab.specs.storages import STORAGES
@@ -75,6 +76,12 @@ def plan_notes(recipe: Recipe, total_steps: int) -> list[tuple[str, str]]:
             f"every {recipe.run.save_every:,} steps, but {run}: no checkpoint is saved, so a killed run starts over"
         )
         notes.append(("run.save_every", message))
+    if t.accumulate < num_ranks():
+        few = "1 micro-batch" if t.accumulate == 1 else f"{t.accumulate} micro-batches"
+        message = (
+            f"{few} per step for {num_ranks()} processes: some have nothing to do; set a multiple of {num_ranks()}"
+        )
+        notes.append(("train.accumulate", message))
     return notes
 
 
