@@ -309,6 +309,9 @@ class TrainingLoop:
         factor = world / weight  # DDP averages over ranks, but the step's loss is their sum
         if not mine:  # fewer micro-batches than ranks: join the gradient exchange with zeros
             first, mine, factor = 0, rows[:1], 0.0
+        own = len(mine)
+        if sharded:  # each forward gathers weights from all ranks, so these need the same number of them
+            mine = [*mine, *rows[:1] * (-(-len(rows) // world) - own)]
         if world > 1:  # a stream of its own for each step and rank, whatever number of ranks saved the checkpoint
             set_seed(_seed_of(self._plan.seed, self._step, accelerator.process_index))
         sums = []
@@ -322,9 +325,9 @@ class TrainingLoop:
             with contextlib.nullcontext() if last else accelerator.no_sync(self._module):
                 with accelerator.autocast() if sharded else contextlib.nullcontext():  # DDP's wrapper has it
                     loss_sum = self._module(batch)
-                accelerator.backward(loss_sum * factor)
+                accelerator.backward(loss_sum * (factor if number <= own else 0.0))
             sums.append(loss_sum.detach())
-        losses = torch.stack(sums)
+        losses = torch.stack(sums[:own])
         said = torch.stack([losses.sum() * factor, losses.new_tensor(self._stop)])
         loss, stop = (accelerator.reduce(said, reduction="mean") if world > 1 else said).tolist()
         if stop:
