@@ -29,7 +29,7 @@ from peftlab.evaluation.loop import answer_signatures, evaluate_examples
 from peftlab.measuring.memory import release_memory
 from peftlab.models import save_plain
 from peftlab.ops import plans_in_use
-from peftlab.ranks import is_first, on_first
+from peftlab.ranks import is_first, num_ranks, on_first
 from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, Run, open_run
 from peftlab.specs.metrics import METRICS
@@ -171,7 +171,7 @@ class Fit:
             reference_loss_sum=None if parts.loss is None else parts.loss.reference,
         )
         self._summary["parity"] = asdict(report)
-        if report.idle or (report.num_zero_gradients and not parts.recipe.method.adapts):
+        if num_ranks() > 1 and (report.idle or (report.num_zero_gradients and not parts.recipe.method.adapts)):
             # DDP would wait for the gradients of these parameters.
             self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         release_memory()
