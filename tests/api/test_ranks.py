@@ -313,7 +313,7 @@ def test_ctrl_c_ends_the_launch_with_a_checkpoint(launcher: str, tmp_path: Path)
         "accelerate-fsdp2": [
             *accelerate, "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"
         ],
-        "torchrun": [scripts / "torchrun", "--nproc_per_node", "2", "--master_port", "0"],
+        "torchrun": [scripts / "torchrun", "--standalone", "--nproc_per_node", "2"],
     }[launcher]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     env |= {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "kernels"]))}
