@@ -10,6 +10,7 @@ import pytest
 from run_examples import Stopper, contents, recipe, write_data
 
 import peftlab
+from peftlab.assembly import finish as finish_module
 from peftlab.assembly import fit as fit_module
 from peftlab.errors import ArtifactError, DataError, Interrupted, RecipeError
 from peftlab.training.progress import SilentProgress
@@ -68,7 +69,7 @@ def test_resume_merges_a_trained_run(here: Path, monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "merge_run", interrupted)
+        patch.setattr(finish_module, "merge_run", interrupted)
         with pytest.raises(Interrupted, match=r"the training is complete. Resume with: peftlab train run --resume"):
             train(recipe(**merging))
     stopped = peftlab.open_run("run")
