@@ -21,6 +21,7 @@ _EXPORTS = {
     "evaluate": "peftlab.api.evaluate",
     "extract_adapter": "peftlab.api.extract_adapter",
     "merge": "peftlab.api.merge",
+    "plan": "peftlab.api.plan",
     "predict": "peftlab.api.predict",
     "show_adapter": "peftlab.api.show_adapter",
     "shrink_adapter": "peftlab.api.shrink_adapter",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from peftlab.api.evaluate import evaluate as evaluate
     from peftlab.api.extract_adapter import extract_adapter as extract_adapter
     from peftlab.api.merge import merge as merge
+    from peftlab.api.plan import plan as plan
     from peftlab.api.predict import predict as predict
     from peftlab.api.show_adapter import show_adapter as show_adapter
     from peftlab.api.shrink_adapter import shrink_adapter as shrink_adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftlab_kernels.heads import Head, head_logits
+from peftlab_kernels.heads import Head, NeedsGrad, head_logits, pass_bytes, unpack_head
 from peftlab_kernels.linear_cross_entropy import LinearLoss, linear_cross_entropy
 from peftlab_kernels.linear_kl import (
     DIVERGENCES,
@@ -71,6 +71,25 @@ def plan_by_rule(key: PlanKey) -> Plan:
     return plan.rule(key.device, key.kind, M=key.m, N=key.n, K=key.k, dropout=key.dropout)
 
 
+def loss_workspace(function: str, arguments: dict[str, Any], *, gpu_bytes: int | None = None) -> int:
+    """Bytes that an operator of a loss holds while it runs, beside its results; 0 for any other operator.
+
+    Args: function: the operator's name. arguments: by the names in its schema. gpu_bytes: see ``pass_bytes``.
+    """
+    if function not in ("peftlab::linear_cross_entropy", "peftlab::linear_kl"):
+        return 0
+    head = unpack_head(*(arguments[name] for name in ("tensors", "kind", "numbers", "factors")))
+    sides = 2 if arguments.get("teacher_kind") == "online" else 1
+    return pass_bytes(
+        arguments["hidden_NH"],
+        head,
+        NeedsGrad(*arguments["needs"]),
+        chunk=arguments["chunk"],
+        sides=sides,
+        gpu_bytes=gpu_bytes,
+    )
+
+
 def read_plans(path: Path) -> list[dict[str, Any]]:
     """The rows of a table of measured plans. Raises: ArtifactError if ``path`` is not such a table."""
     try:
@@ -120,6 +139,7 @@ __all__ = [
     "kernels_note",
     "linear_cross_entropy",
     "linear_kl",
+    "loss_workspace",
     "lora_linear",
     "lora_linear_reference",
     "new_seed",

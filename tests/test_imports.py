@@ -36,8 +36,9 @@ ALLOWED: dict[str, set[str]] = {
     "bench": _ASSEMBLED,
     "experiments": {*_ASSEMBLED, "teaching"},
     "reworking": _ASSEMBLED,
+    "planning": _ASSEMBLED,
     "diagnosing": _GROUND | {"models", "measuring"},
-    "api": {*_ASSEMBLED, "teaching", "bench", "experiments", "reworking", "diagnosing"},
+    "api": {*_ASSEMBLED, "teaching", "bench", "experiments", "reworking", "diagnosing", "planning"},
     "cli": {
         "errors",
         "specs",

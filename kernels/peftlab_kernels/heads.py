@@ -158,6 +158,26 @@ def size_where_nothing_is_deferred(head: Head, hidden_NH: Tensor, needs: NeedsGr
     return num_tokens_per_chunk(hidden_NH.shape[0], rows, hidden_NH.device)
 
 
+def pass_bytes(
+    hidden_NH: Tensor, head: Head, needs: NeedsGrad, *, chunk: int | None, sides: int, gpu_bytes: int | None = None
+) -> int:
+    """Bytes that the forward pass of a loss holds beside its results: the logits of a chunk, and W in the type of the products.
+
+    Args: chunk: tokens; None: by the rule. gpu_bytes: memory of a GPU whose rule holds; None: that of the device.
+    """
+    rows, N = rows_of(head, hidden_NH, needs, sides=sides), hidden_NH.shape[0]
+    if gpu_bytes is not None:
+        size = num_tokens_on_a_gpu(N, rows, total=gpu_bytes, free=gpu_bytes // 4)
+    else:
+        size = chunk or num_tokens_per_chunk(N, rows, hidden_NH.device)
+    weight = head.weight.tensors()[0]
+    copied = not isinstance(head.weight, DenseWeight) or weight.dtype != hidden_NH.dtype
+    return (
+        min(size, N) * rows.token_bytes
+        + copied * head.weight.shape[0] * head.weight.shape[1] * hidden_NH.element_size()
+    )
+
+
 def chunks(num_tokens: int, size: int) -> Iterator[slice]:
     for start in range(0, num_tokens, size):
         yield slice(start, min(num_tokens, start + size))

@@ -83,7 +83,7 @@ def check(
             of_model=of_model,
             num_embeddings=assembly.num_embeddings,
         )
-        estimate = _estimate(assembly, skeleton, train)
+        estimate = estimate_training(assembly, skeleton, train)
         for key, message in [] if estimate is None else plan_notes(settings, estimate["steps"]):
             note = {"kind": "no_effect", "level": "note", "data": "train", "message": f"{key}: {message}"}
             notes.append({**note, "key": key, "where": []})
@@ -108,8 +108,13 @@ def check(
         }
 
 
-def _estimate(assembly: Assembly, skeleton: Any, train: Ledger) -> dict[str, Any] | None:
-    """Steps, tokens and time; None if no rows remain, rows are refused, or the student will write the rows."""
+def estimate_training(
+    assembly: Assembly, skeleton: Any, train: Ledger, *, flops_per_s: float | None = None
+) -> dict[str, Any] | None:
+    """Steps, tokens and time; None if no rows remain, rows are refused, or the student will write the rows.
+
+    Args: flops_per_s: as for ``estimate_seconds``.
+    """
     recipe, lengths, limit = assembly.recipe, train.lengths, assembly.limit
     writes = recipe.distill is not None and recipe.distill.answers == "teacher" and recipe.spec.generates
     if writes or (recipe.distill is not None and recipe.distill.on_policy is not None):
@@ -136,5 +141,6 @@ def _estimate(assembly: Assembly, skeleton: Any, train: Ledger) -> dict[str, Any
             squares=float(seen @ lengths.astype(np.float64) ** 2),
             scored=scored,
             reads_twice=contrasts and len(plan.step(0).micro_batches) > 1,
+            flops_per_s=flops_per_s,
         ),
     }

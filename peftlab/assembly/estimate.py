@@ -26,6 +26,7 @@ def estimate_seconds(
     squares: float,
     scored: int,
     reads_twice: bool = False,
+    flops_per_s: float | None = None,
 ) -> dict[str, Any]:
     """Estimates ``seconds`` of the training steps, without loading and evaluation, and the ``flops_per_s`` behind it.
 
@@ -33,6 +34,7 @@ def estimate_seconds(
         skeleton: the model on the meta device.
         tokens: total tokens of the run. squares: sum of the squared row lengths. scored: positions with logits.
         reads_twice: whether a step reads its rows once more before, for a loss that compares all of them.
+        flops_per_s: rate of the device's products; None: it is measured.
     """
     shape, recipe = _shape_of(skeleton), assembly.recipe
     # Forward and input gradient; plus the weight gradient if weights are trained, plus a forward pass to recompute.
@@ -44,7 +46,7 @@ def estimate_seconds(
         flops = 2.0 * passes * (tokens * shape["body"] + 2 * squares * shape["attention_width"])
         flops += 4.0 * scored * shape["head"]
     dtype = resolve_precision(recipe.train.precision, assembly.device)
-    speed = _matmul_speed(shape["widest"], dtype, assembly.device)
+    speed = flops_per_s or _matmul_speed(shape["widest"], dtype, assembly.device)
     seconds = STORAGES[assembly.storage].overhead * flops / speed + steps * shape["linears"] * _LAUNCH_SECONDS
     return {"seconds": seconds, "flops": flops, "flops_per_s": speed}
 

@@ -25,12 +25,13 @@ def make_plan(
     *,
     packing: int | None = None,
     span: tuple[int, int] | None = None,
+    device: str | None = None,
 ) -> BatchPlan:
     """Returns the batch plan for training rows of [N] ``lengths``, in packs of up to ``packing`` tokens or padded.
 
-    Args: span: see ``BatchPlan``.
+    Args: span: see ``BatchPlan``. device: ``cpu`` or ``cuda``; None: that of the run.
     """
-    t, device = assembly.recipe.train, assembly.device
+    t, device = assembly.recipe.train, device or assembly.device
     return BatchPlan(
         lengths,
         batch_size=None if t.batch_tokens else (t.batch_size or _BATCH_SIZE),

@@ -44,6 +44,11 @@ VERBS: dict[str, Verb | Group] = {
         "Show what a recipe would train, token by token, without training.",
         "peftlab check quickstart --show 3",
     ),
+    "plan": Verb(
+        "plan:plan",
+        "Plan memory, disk and time of a training, without weights.",
+        "peftlab plan quickstart --gpu 24GiB",
+    ),
     "train": Verb(
         "train:train",
         "Train what a recipe describes and write a run folder.",

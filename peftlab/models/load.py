@@ -63,9 +63,8 @@ def load_model(
         kwargs["device_map"] = {"": device}
     elif quantize != "none":
         skeleton = load_skeleton(pretrained, auto_class=auto_class, **model_kwargs)
-        kept = [*_NOT_QUANTIZED, *head_modules(skeleton), *_CAST_TO.get(skeleton.config.model_type, ())]
-        kept += _class_layers(skeleton, model_kwargs.get("num_labels", 0))
-        kwargs["quantization_config"] = _quantization(quantize, double_quant, compute, kept)
+        num_labels = model_kwargs.get("num_labels", 0)
+        kwargs["quantization_config"] = quantization_of(skeleton, quantize, double_quant, compute, num_labels)
         kwargs["device_map"] = {"": device}
     auto = getattr(transformers, auto_class)
     with quiet(), load_errors(pretrained, "model"):
@@ -230,9 +229,13 @@ def _tiny_model(pretrained: Pretrained, auto: Any, kwargs: dict[str, Any]) -> An
     return model
 
 
-def _quantization(quantize: str, double_quant: bool, compute_dtype: Any, kept: list[str]) -> Any:
+def quantization_of(skeleton: Any, quantize: str, double_quant: bool, compute_dtype: Any, num_labels: int) -> Any:
+    """transformers' configuration of a quantization, with the layers of ``skeleton`` that stay as they are. Args: num_labels: of a
+    classifier, else 0."""
     from transformers import BitsAndBytesConfig
 
+    kept = [*_NOT_QUANTIZED, *head_modules(skeleton), *_CAST_TO.get(skeleton.config.model_type, ())]
+    kept += _class_layers(skeleton, num_labels)
     if quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
