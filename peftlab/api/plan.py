@@ -12,6 +12,7 @@ from peftlab.assembly.checks import check_settings
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.errors import RecipeError
 from peftlab.planning.budget import plan_disk, plan_memory
+from peftlab.planning.fitting import find_fit
 from peftlab.planning.stage import Machine, Stage
 from peftlab.runs import open_source
 from peftlab.training.progress import Progress, make_progress
@@ -22,6 +23,7 @@ def plan(
     overrides: Sequence[str] = (),
     *,
     gpu_bytes: int | None = None,
+    fit: bool = False,
     flops_per_s: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -31,12 +33,14 @@ def plan(
         recipe: path, shipped name, dict, or a run folder.
         overrides: ``section.key=value``.
         gpu_bytes: plan for a GPU of this memory; None: for the device of the recipe.
+        fit: search settings that fit into ``gpu_bytes``.
         flops_per_s: rate of its matrix products; None: measured if the planned device is this machine's.
         progress: where progress goes; default: stderr.
 
     Returns: plain values. ``phases``: name, bytes and terms of load, training, evaluation and merge. ``peak``: the largest of
         them. ``fits``: whether it fits; None for a CPU. ``disk``: bytes by what they hold. ``micro_batch``: the largest.
         ``estimate``: steps, tokens, FLOPs and seconds.
+        ``fit``: the changes that make it fit, each with the peak after it and its price; None without ``fit``.
     Raises: RecipeError, DataError.
     """
     prepare_libraries(measured_plans=False)
@@ -58,6 +62,12 @@ def plan(
         stage = Stage(assembly, machine)
         memory, disk = plan_memory(assembly, machine, stage), plan_disk(assembly, stage)
         elsewhere = machine.device != assembly.device
+        found = None
+        if fit:
+            if gpu_bytes is None:
+                raise RecipeError("fit needs the memory of a GPU: give gpu_bytes")
+            progress.stage("searching settings that fit")
+            found = find_fit(assembly, machine)
         rate = flops_per_s or (1.0 if elsewhere else None)
         estimate = estimate_training(assembly, assembly.skeleton(), train.ledger, flops_per_s=rate)
         if estimate is not None and elsewhere and flops_per_s is None:
@@ -69,6 +79,9 @@ def plan(
         "device": machine.device,
         "gpu_bytes": machine.gpu_bytes,
         "fits": None if machine.gpu_bytes is None else memory.peak.num_bytes <= machine.gpu_bytes,
+        "fit": None
+        if found is None
+        else {"fits": found.fits, "changes": found.changes, "steps": [step.document() for step in found.steps]},
         "phases": [phase.document() for phase in memory.phases],
         "peak": {"phase": memory.peak.name, "bytes": memory.peak.num_bytes},
         "micro_batch": {"rows": memory.rows, "tokens": memory.tokens},

@@ -16,7 +16,7 @@ from peftlab.training.schedules import learning_rate
 
 # Twice as many rows per micro-batch are no faster on 2 cores and use 200 MB more for MiniLM (bench/README.md).
 _MOST_TOKENS = {"cpu": 1024, "cuda": None}
-_BATCH_SIZE = 8
+DEFAULT_BATCH_SIZE = 8
 
 
 def make_plan(
@@ -34,7 +34,7 @@ def make_plan(
     t, device = assembly.recipe.train, device or assembly.device
     return BatchPlan(
         lengths,
-        batch_size=None if t.batch_tokens else (t.batch_size or _BATCH_SIZE),
+        batch_size=None if t.batch_tokens else (t.batch_size or DEFAULT_BATCH_SIZE),
         batch_tokens=t.batch_tokens,
         accumulate=t.accumulate,
         grouping=t.grouping,
@@ -52,7 +52,7 @@ def padded_plan(assembly: Assembly, lengths: npt.NDArray[np.int64], span: tuple[
     """Returns the padded plan for a packing recipe whose model cannot pack, with equal tokens per step."""
     t = assembly.recipe.train
     if t.batch_tokens is None:
-        rows = (t.batch_size or _BATCH_SIZE) * t.accumulate
+        rows = (t.batch_size or DEFAULT_BATCH_SIZE) * t.accumulate
         changes = {"train.batch_size": None, "train.batch_tokens": assembly.limit, "train.accumulate": rows}
         assembly = assembly.derive(changes)
     return make_plan(assembly, lengths, span=span)

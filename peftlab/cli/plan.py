@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -37,6 +38,9 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option("--gpu", metavar="SIZE", help="Plan for a GPU of this memory, such as 24GiB.")
     ] = None,
+    fit: Annotated[
+        str | None, typer.Option("--fit", metavar="SIZE", help="Search settings that fit into a GPU of this memory.")
+    ] = None,
     flops: Annotated[
         float | None, typer.Option("--flops", metavar="RATE", help="FLOPs per second of the device, such as 150e12.")
     ] = None,
@@ -44,18 +48,22 @@ def plan(
     _debug: Debug = False,
 ) -> None:
     out = output_of(context)
-    memory = None if gpu is None else size_in_bytes(gpu)
+    if gpu is not None and fit is not None:
+        raise typer.BadParameter("expected --gpu or --fit, found both; --fit plans for its GPU too")
+    size = gpu or fit
+    memory = None if size is None else size_in_bytes(size)
     settings = check_overrides(overrides, context, subject=recipe)
     with out.working():
         check_recipe(recipe, settings)
         import peftlab
 
-        report = peftlab.plan(recipe, settings, gpu_bytes=memory, flops_per_s=flops)
+        report = peftlab.plan(recipe, settings, gpu_bytes=memory, fit=fit is not None, flops_per_s=flops)
     if out.json:
         out.document(report)
     else:
         show_plan(out, report)
-    if report["fits"] is False:
+    fits = report["fits"] if report["fit"] is None else report["fit"]["fits"]
+    if fits is False:
         raise typer.Exit(ResourceError.exit_code)
 
 
@@ -100,6 +108,36 @@ def show_plan(out: Output, report: Mapping[str, Any]) -> None:
         seconds = estimate["seconds"]
         time = "give --flops for the time" if seconds is None else f"about {formatting.duration(seconds)}"
         out.line(f"work     {estimate['steps']:,} steps, {estimate['flops']:.2g} FLOPs; {time}")
+
+    if report["fit"] is not None:
+        _show_fit(out, report)
+
+
+def _show_fit(out: Output, report: Mapping[str, Any]) -> None:
+    """The search, step by step, and the settings to add."""
+    fit, limit = report["fit"], report["gpu_bytes"]
+    steps = fit["steps"]
+    out.line()
+    for before, step in itertools.pairwise(steps):
+        words = " ".join(f"{key}={_yaml(value)}" for key, value in step["changes"].items())
+        out.line(f"{_gib(step['bytes']):>7} GiB  {words}")
+        saved = before["bytes"] - step["bytes"]
+        effect = f"saves {_gib(saved)} GiB" if saved >= 0 else f"takes {_gib(-saved)} GiB again"
+        out.line(f"{'':13}{effect}; {step['price']}", style="dim")
+    words = " ".join(f"{key}={_yaml(value)}" for key, value in fit["changes"].items())
+    if not fit["fits"]:
+        least = steps[-1]
+        out.line(
+            f"nothing fits into {_gib(limit)} GiB: with all of this, {least['phase']} takes {_gib(least['bytes'])} GiB. A GPU "
+            f"of that memory, a smaller model or a lower data.max_length fits",
+            style="red",
+        )
+    elif words:
+        out.line(f"fits     add {words}", style="green")
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _gib(size: float) -> str:
