@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
 from peftlab.assembly import Assembly
 from peftlab.assembly.plan import make_plan
 from peftlab.data import eval_batches
+from peftlab.errors import RecipeError
 from peftlab.models import base_model
 from peftlab.planning.memory import MemoryPlan, PhasePlan, optimizer_bytes
 from peftlab.planning.rehearsal import Peak
@@ -69,8 +76,15 @@ def _passes(
     def run(stage: Stage) -> tuple[Peak, Peak]:
         if stage.assembly.recipe.train.gradient_checkpointing:
             stage.checkpoint()
-        seen = stage.evaluate(held_out) if held_out else Peak()
-        return stage.train(examples, packed=packed, again=again), seen
+        try:
+            seen = stage.evaluate(held_out) if held_out else Peak()
+            return stage.train(examples, packed=packed, again=again), seen
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+            raise RecipeError(
+                f"plan cannot run {type(base_model(stage.model)).__name__} without weights: its code reads values ({error.func}); "
+                "train a few steps with train.max_steps=3 and read the peak in run.json",
+                key="model.name",
+            ) from error
 
     if not stage.is_uniform or num_layers <= _MOST_LAYERS:
         return run(stage)

@@ -7,10 +7,8 @@ is therefore what the model's own code, autograd and our operators allocate, for
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,22 +72,9 @@ class Rehearsal(TorchDispatchMode):
         ops.release_scratch()
         self._fake.__exit__(*error)
 
-    @contextlib.contextmanager
-    def within(self, part: str) -> Iterator[None]:
-        """Counts new tensors under ``part``."""
-        before, self.part = self.part, part
-        try:
-            yield
-        finally:
-            self.part = before
-
     def start(self) -> None:
         """Forgets the peak so far; what exists now still counts."""
         self.peak = Peak(self._total, dict(self._now))
-
-    @property
-    def current(self) -> int:
-        return self._total
 
     def relabel(self, tensors: Any, part: str) -> None:
         """Counts tensors that exist under ``part`` from now on."""
