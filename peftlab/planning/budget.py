@@ -4,12 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
-
 from peftlab.assembly import Assembly
 from peftlab.assembly.plan import make_plan
 from peftlab.data import eval_batches
@@ -79,9 +73,10 @@ def _passes(
         try:
             seen = stage.evaluate(held_out) if held_out else Peak()
             return stage.train(examples, packed=packed, again=again), seen
-        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        except (RuntimeError, ValueError, TypeError) as error:  # from any model's and task's code
             raise RecipeError(
-                f"plan cannot run {type(base_model(stage.model)).__name__} without weights: its code reads values ({error.func}); "
+                f"plan cannot run {type(base_model(stage.model)).__name__} without weights: its loss or model reads values "
+                f"({(str(error).splitlines() or [type(error).__name__])[0][:80]}); "
                 "train a few steps with train.max_steps=3 and read the peak in run.json",
                 key="model.name",
             ) from error
