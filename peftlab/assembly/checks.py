@@ -15,6 +15,7 @@ from peftlab.evaluation.metrics import check_metrics
 from peftlab.paths import existing_folder
 from peftlab.ranks import is_set, num_ranks, shards
 from peftlab.specs.kernels import KERNEL_MODES
+from peftlab.specs.optimizers import OPTIMIZERS
 
 
 def check_settings(assembly: Assembly) -> None:
@@ -27,6 +28,12 @@ def check_settings(assembly: Assembly) -> None:
         on_gpu = "this run is on a GPU" if assembly.device != "cpu" else None
         if problem := on_gpu or ops.operands_problem(mode.name):
             raise RecipeError(f"run.kernels={mode.name} cannot run here: {problem}; use auto", key="run.kernels")
+    if OPTIMIZERS[recipe.train.optimizer].paged and assembly.device == "cpu":
+        fits = recipe.train.optimizer.removeprefix("paged_")
+        raise RecipeError(
+            f"{recipe.train.optimizer} moves its state out of the memory of a GPU, and this run is on the CPU; use {fits}",
+            key="train.optimizer",
+        )
     if recipe.eval.metrics is not None:
         check_metrics(recipe.eval.metrics, recipe.spec, bool(recipe.eval.choices))
     for name in recipe.run.log:

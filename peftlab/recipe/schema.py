@@ -92,7 +92,10 @@ class TrainSection(Section):
         description="step: cut the rows of one optimizer step into micro-batches of similar length (same gradient, "
         "less padding); epoch: put rows of similar length into the same step; none: batch in data order",
     )
-    optimizer: OptimizerName = Field("adamw", description="optimizer")
+    optimizer: OptimizerName = Field(
+        "adamw",
+        description="optimizer; 8bit: a quarter of its memory, paged: in CPU memory when the GPU is full (CUDA)",
+    )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     schedule: ScheduleName = Field("linear", description="learning-rate schedule after the warm-up")
     warmup: float = Field(0.03, ge=0, description="warm-up: a share of the steps if below 1, else a number of steps")

@@ -28,6 +28,7 @@ from torch import nn
 
 from peftlab.adapters import load_state, save_state, state_files
 from peftlab.errors import ArtifactError
+from peftlab.training.optimizers import restore_state, state_tensors
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,9 @@ def _trained_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[t
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     names = _trained_names(model, optimizer)
     return {
-        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
+        f"{names[parameter]}/{key}": value
+        for parameter in optimizer.state
+        for key, value in state_tensors(optimizer, parameter).items()
     }
 
 
@@ -173,12 +174,8 @@ def _load_optimizer(
     if not set(by_parameter) <= set(names.values()):
         raise ArtifactError(f"checkpoint {folder} has different trained parameters than this run; start a new run")
     for parameter, name in names.items():
-        if name not in by_parameter:
-            continue  # it never had a gradient
-        optimizer.state[parameter] = {
-            key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
-            for key, value in by_parameter[name].items()
-        }
+        if name in by_parameter:  # else it never had a gradient
+            restore_state(optimizer, parameter, by_parameter[name])
 
 
 def _sha256(path: Path) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_examples import Stopper, contents, recipe, write_data
+from safetensors.torch import load_file
 
 import peftlab
 from peftlab.assembly import finish as finish_module
@@ -142,3 +144,29 @@ def test_resume_of_a_recipe_refuses_changed_data(here: Path) -> None:
     path.write_text(path.read_text().replace("cow", "pig"))
     with pytest.raises(ArtifactError, match=r"the train data has changed.*To resume the run, restore"):
         train(recipe(), resume=True)
+
+
+def test_resume_with_an_8_bit_optimizer_gives_the_same_bytes(here: Path) -> None:
+    # Some tensors have 4,096 elements and more.
+    document = {"train": {"optimizer": "adamw_8bit", "max_steps": 24}, "adapter": {"rank": 64}}
+    run = train(recipe(**document, run={"dir": "whole"}))
+    other = train(recipe(**document, run={"dir": "exact"}), "train.optimizer=adamw")
+    loss, exact = (each.summary["training"]["last_loss"] for each in (run, other))
+    fall = run.summary["before"]["loss"] - exact
+    assert fall > 0.5 and 0 < abs(loss - exact) < 0.05 * fall
+    with pytest.raises(Interrupted):
+        train(recipe(**document), progress=Stopper(3))
+    stored = load_file(str(here / "run/checkpoints/step-00000003/optimizer.safetensors"))
+    assert {t.dtype for k, t in stored.items() if k.endswith("/state1")} == {torch.uint8, torch.float32}
+    train("run", resume=True)
+    assert weights(here / "run") == weights(here / "whole")
+
+
+def test_paged_optimizer_on_a_cpu_is_refused_before_anything_is_read(here: Path) -> None:
+    (here / "data.csv").unlink()
+    for verb in (peftlab.check, train):
+        with pytest.raises(
+            RecipeError, match=r"paged_adamw_8bit moves its state .* on the CPU; use adamw_8bit"
+        ) as caught:
+            verb(recipe(train={"optimizer": "paged_adamw_8bit"}, run={"device": "cpu"}))
+        assert caught.value.exit_code == 2

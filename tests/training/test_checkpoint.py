@@ -26,10 +26,10 @@ FILES = [
 ]
 
 
-def trained(tiny: Callable[..., Any], steps: int = 2, **options: Any) -> tuple[Any, Any]:
+def trained(tiny: Callable[..., Any], steps: int = 2, optimizer_name: str = "adamw", **options: Any) -> tuple[Any, Any]:
     """A model after a few optimizer steps with random gradients."""
     model = tiny("tiny:llama", **options)
-    optimizer = make_optimizer(model, "adamw", lr=0.01, betas=(0.9, 0.999), weight_decay=0.0)
+    optimizer = make_optimizer(model, optimizer_name, lr=0.01, betas=(0.9, 0.999), weight_decay=0.0)
     g = torch.Generator().manual_seed(0)
     for _ in range(steps):
         for p in model.parameters():
@@ -68,6 +68,21 @@ def test_checkpoint_restores_everything(tiny: Callable[..., Any], tmp_path: Path
         assert all(torch.equal(values[k], saved[name][k]) for k in ("step", "exp_avg", "exp_avg_sq"))
     rng.restore()
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == draws
+
+
+def test_checkpoint_keeps_the_8_bit_state(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    options = {"optimizer_name": "adamw_8bit", "modules_to_save": ["lm_head"]}
+    model, optimizer = trained(tiny, **options)
+    other, fresh = trained(tiny, steps=0, seed=5, **options)
+    load_checkpoint(save(tmp_path, model, optimizer), model=other, optimizer=fresh)
+    names = {p: n for n, p in model.named_parameters()}
+    saved = {names[p]: values for p, values in optimizer.state.items()}
+    assert any("absmax1" in values for values in saved.values()) and any(len(v) == 3 for v in saved.values())
+    for name, parameter in other.named_parameters():
+        if parameter.requires_grad:
+            values = fresh.state[parameter]
+            assert values.keys() == saved[name].keys() and values["step"] == 2
+            assert all(torch.equal(values[k], v) for k, v in saved[name].items() if k != "step"), name
 
 
 def test_checkpoint_equal_states_give_equal_bytes(tiny: Callable[..., Any], tmp_path: Path) -> None:
