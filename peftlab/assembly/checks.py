@@ -79,6 +79,8 @@ def _check_shards(assembly: Assembly) -> None:
         raise RecipeError(f"FSDP2 does not shard {assembly.storage} weights; {ddp}", key="model.quantize")
     if names := [name for name in recipe.adapter.methods if name not in ("lora", "none")]:
         raise RecipeError(f"FSDP2 trains lora or none, found {names[0]}; {ddp}", key="adapter.method")
+    if recipe.train.optimizer != "adamw":
+        raise RecipeError(f"FSDP2 shards the state of adamw only; {ddp}", key="train.optimizer")
     if assembly.spec.contrasts and recipe.distill is None:
         raise RecipeError(f"FSDP2 does not compare the rows of a whole step; {ddp}", key="task")
 
