@@ -15,8 +15,8 @@ from peftlab.cli.options import Debug, Json, Overrides, Recipe, check_overrides,
 from peftlab.cli.output import Output, output_of
 from peftlab.errors import ResourceError
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_UNITS = "KMGT"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)(B?)", re.IGNORECASE)
 _BAR = 20
 
 
@@ -24,11 +24,10 @@ def size_in_bytes(text: str) -> int:
     """Bytes of ``24GiB``, ``24GB`` or ``24G`` (as GiB). Raises: typer.BadParameter."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise typer.BadParameter(f"expected a size such as 24GiB, found {text!r}")
-    value, unit, binary = match.groups()
-    if unit and not binary and text.strip().upper().endswith("B"):
-        return int(float(value) * 1000 ** "KMGT".index(unit.upper()) * 1000)
-    return int(float(value) * _UNITS[unit.upper()])
+        raise typer.BadParameter(f"expected a size with its unit, such as 24GiB, found {text!r}")
+    value, unit, binary, byte = match.groups()
+    base = 1000 if byte and not binary else 1024
+    return int(float(value) * base ** (1 + _UNITS.index(unit.upper())))
 
 
 def plan(
@@ -100,6 +99,8 @@ def show_plan(out: Output, report: Mapping[str, Any]) -> None:
         verdict = f"fits into {_gib(report['gpu_bytes'])} GiB, {_gib(left)} GiB are left"
         if left < 0:
             verdict = f"does not fit into {_gib(report['gpu_bytes'])} GiB: {_gib(-left)} GiB too much"
+            if peak["phase"] == "merge":
+                verdict += "; run.merge=none trains without it"
         out.line(f"{text}; {verdict}", style="green" if left >= 0 else "red")
     disk = report["disk"]
     parts = ", ".join(f"{name} {formatting.size(size)}" for name, size in disk.items())
@@ -128,8 +129,8 @@ def _show_fit(out: Output, report: Mapping[str, Any]) -> None:
     if not fit["fits"]:
         least = steps[-1]
         out.line(
-            f"nothing fits into {_gib(limit)} GiB: with all of this, {least['phase']} takes {_gib(least['bytes'])} GiB. A GPU "
-            f"of that memory, a smaller model or a lower data.max_length fits",
+            f"nothing fits into {_gib(limit)} GiB: with all of this, {least['phase']} takes {_gib(least['bytes'])} GiB; use "
+            f"a GPU with more memory than that, or a smaller model",
             style="red",
         )
     elif words:

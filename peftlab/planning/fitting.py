@@ -59,7 +59,7 @@ def find_fit(
     if tried(assembly, {}, ""):
         return FitResult(True, steps)
     current = assembly
-    while (change := next(_changes(current), None)) is not None:
+    while (change := next(_changes(current, steps[-1].phase), None)) is not None:
         changes, price = change
         current = current.derive(changes)
         if tried(current, changes, price):
@@ -94,11 +94,29 @@ def _undo(
             break
 
 
-def _changes(assembly: Assembly) -> Iterator[tuple[dict[str, Any], str]]:
-    """What is left to change, with its price: smaller micro-batches, down to a quarter, then recomputed layers, then single
-    rows, then NF4."""
+def _changes(assembly: Assembly, phase: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """What is left to change, with its price: no merge; smaller batches of an evaluation; of a training smaller micro-batches, down
+    to a quarter, then recomputed layers, then single rows; then NF4.
+
+    Args: phase: the one with the peak; what does not lower it is left alone.
+    """
     recipe = assembly.recipe
-    t = recipe.train
+    if phase == "merge":
+        yield {"run.merge": "none"}, "costs no time: merge later, where there is memory, with peftlab merge"
+    if phase == "evaluation" and recipe.eval.batch_tokens // 2 >= assembly.limit:
+        yield {"eval.batch_tokens": recipe.eval.batch_tokens // 2}, "costs little: more and smaller batches"
+    if phase == "training":
+        yield from _smaller_steps(assembly)
+    if assembly.storage == "none" and assembly.method.adapts and recipe.adapter.method == "lora":
+        more = STORAGES["nf4"].overhead / STORAGES["none"].overhead - 1
+        yield (
+            {"model.quantize": "nf4"},
+            f"costs {100 * more:.0f} % of a step: weights are read dequantized, and are slightly less exact",
+        )
+
+
+def _smaller_steps(assembly: Assembly) -> Iterator[tuple[dict[str, Any], str]]:
+    t = assembly.recipe.train
     checkpoints = t.gradient_checkpointing
     halved: dict[str, Any] | None = None
     if t.batch_tokens:
@@ -112,9 +130,3 @@ def _changes(assembly: Assembly) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"train.gradient_checkpointing": True}, "costs one more forward pass, about a third of a step"
     if halved is not None:
         yield halved, "costs little: more and smaller products for the same rows"
-    if assembly.storage == "none" and assembly.method.adapts and recipe.adapter.method == "lora":
-        more = STORAGES["nf4"].overhead / STORAGES["none"].overhead - 1
-        yield (
-            {"model.quantize": "nf4"},
-            f"costs {100 * more:.0f} % of a step: weights are read dequantized, and are slightly less exact",
-        )

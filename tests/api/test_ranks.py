@@ -164,7 +164,9 @@ def test_ranks_say_an_error_of_the_run_folder_once(both: tuple[Path, Ended], pro
 def test_ranks_say_a_misspelt_key_once(process: Any, tmp_path: Path) -> None:
     prepared(tmp_path)
     ended = launched(process, tmp_path, ["-m", "peftlab", "train", "recipe.yaml", "train.lrr=1"], ends_others=True)
-    assert ended.codes == [2, 2]
+    # The launcher may end the other rank before it has met the mistake.
+    assert ended.codes[0] == 2
+    assert ended.codes[1] in (2, -signal.SIGTERM)
     assert "did you mean `lr`?" in ended.err[0]
     assert ended.err[1] == ""
 

@@ -39,6 +39,7 @@ def test_plan_json_adds_up_and_says_what_does_not_fit(recipe: str, capsys: pytes
 
 def test_sizes() -> None:
     assert size_in_bytes("24GiB") == size_in_bytes("24G") == 24 * 2**30
-    assert size_in_bytes("24GB") == 24 * 10**9 and size_in_bytes("512") == 512
-    with pytest.raises(typer.BadParameter, match="such as 24GiB"):
-        size_in_bytes("much")
+    assert size_in_bytes("24GB") == 24 * 10**9 and size_in_bytes("1.5 mib") == 1.5 * 2**20
+    for text in ("much", "24", "-1GiB"):
+        with pytest.raises(typer.BadParameter, match="such as 24GiB"):
+            size_in_bytes(text)

@@ -45,3 +45,24 @@ def test_fit_says_when_nothing_fits(tmp_path: Path) -> None:
 def test_fit_takes_back_what_the_last_change_makes_needless(tmp_path: Path) -> None:
     found = find_fit(assembly_of(tmp_path), Machine("cuda", 800), memory=memory)
     assert found.changes == {"train.batch_size": 4, "train.accumulate": 2, "model.quantize": "nf4"}
+
+
+def test_fit_leaves_out_a_merge_that_takes_the_most(tmp_path: Path) -> None:
+    def with_merge(assembly: Assembly, machine: Machine) -> MemoryPlan:
+        phases = memory(assembly, machine).phases
+        return MemoryPlan([*phases, PhasePlan("merge", {"m": 5000})] if assembly.recipe.run.merge != "none" else phases)
+
+    original = assembly_of(tmp_path).derive({"run.merge": "original"})
+    found = find_fit(original, Machine("cuda", 1800), memory=with_merge)
+    assert found.fits and found.changes == {"run.merge": "none"}
+
+
+def test_fit_changes_only_what_lowers_the_peak(tmp_path: Path) -> None:
+    def of_evaluation(assembly: Assembly, machine: Machine) -> MemoryPlan:
+        return MemoryPlan([PhasePlan("evaluation", {"a": assembly.recipe.eval.batch_tokens})])
+
+    original = assembly_of(tmp_path).derive({"eval.batch_tokens": 1024})
+    found = find_fit(original, Machine("cuda", 300), memory=of_evaluation)
+    assert found.fits and found.changes == {"eval.batch_tokens": 256}
+    nothing = find_fit(original, Machine("cuda", 10), memory=of_evaluation)
+    assert not nothing.fits and set(nothing.changes) == {"eval.batch_tokens", "model.quantize"}
